@@ -1,0 +1,129 @@
+"""Checkpoints by Orbax: asynchronous, whole or not at all, readable without this package.
+
+OUT_DIR/checkpoints/STEP/params      the parameters, as in model.py
+/optimizer   the rest of the TrainState
+/meta        JSON: config, model, tokenizer, iteration, losses
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from jax.sharding import Sharding
+
+from gpt_jax.errors import UserError
+from gpt_jax.train_step import TrainState
+
+
+def open_checkpoints(out_dir: str, keep: int) -> ocp.CheckpointManager:
+    """Return the manager of a run that writes: it keeps the newest ``keep`` and the best.
+
+    Only one process may hold it: it clears away what an interrupted save has left.
+    """
+    policies = ocp.checkpoint_managers
+    best = policies.BestN(
+        get_metric_fn=lambda metrics: metrics["val_loss"],
+        reverse=True,
+        n=1,
+        keep_checkpoints_without_metrics=False,
+    )
+    options = ocp.CheckpointManagerOptions(
+        preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
+        cleanup_tmp_directories=True,
+    )
+    return ocp.CheckpointManager(folder(out_dir), options=options)
+
+
+def save(
+    manager: ocp.CheckpointManager, state: TrainState, meta: dict[str, Any], val_loss: float | None
+) -> None:
+    """Start saving ``state`` as the checkpoint of ``meta["iter"]``; training may go on at once.
+
+    The best checkpoint is the one of the lowest ``val_loss``, where one is given.
+    """
+    items = ocp.args.Composite(
+        params=ocp.args.StandardSave(state.params),
+        optimizer=ocp.args.StandardSave(without_params(state)),
+        meta=ocp.args.JsonSave(meta),
+    )
+    metrics = None if val_loss is None else {"val_loss": val_loss}
+    manager.save(meta["iter"], args=items, metrics=metrics)
+
+
+def restore(out_dir: str, step: int, state: Any, sharding: Sharding) -> TrainState:
+    """Return the state of a step; ``state`` gives shapes and dtypes, as from jax.eval_shape."""
+    path = folder(out_dir) / str(step)
+    rest = restore_tree(path / "optimizer", without_params(state), sharding)
+    key = jax.random.wrap_key_data(rest.pop("key"))
+    params = restore_tree(path / "params", state.params, sharding)
+    return state.replace(params=params, key=key, **rest)
+
+
+def restore_tree(path: Path, like: Any, sharding: Sharding) -> Any:
+    """Return the tree saved at ``path``, with the shapes and dtypes of ``like``, laid out."""
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), like)
+    with ocp.StandardCheckpointer() as checkpointer:
+        return checkpointer.restore(path, like)
+
+
+def without_params(state: Any) -> dict[str, Any]:
+    """Return the fields of a TrainState but its parameters, with the key as plain numbers."""
+    fields = {name: x for name, x in vars(state).items() if name != "params"}
+    if isinstance(state.key, jax.Array):
+        return {**fields, "key": jax.random.key_data(state.key)}
+    return {**fields, "key": jax.eval_shape(jax.random.key_data, state.key)}
+
+
+def folder(out_dir: str) -> Path:
+    """Return the folder of a run's checkpoints; Orbax wants it absolute."""
+    return Path(out_dir).absolute() / "checkpoints"
+
+
+def set_aside(out_dir: str) -> None:
+    """Move an earlier run's files out of the way of a new one: to OUT_DIR/previous-N."""
+    old = [path for path in Path(out_dir).glob("*") if not path.name.startswith("previous-")]
+    if steps(out_dir):
+        n = 1 + sum(1 for _ in Path(out_dir).glob("previous-*"))
+        there = Path(out_dir) / f"previous-{n}"
+        there.mkdir()
+        for path in old:
+            path.rename(there / path.name)
+        print(f"{out_dir} held a run: it is in {there} now")
+
+
+def steps(out_dir: str) -> list[int]:
+    """Return the steps of which a run holds whole checkpoints, in order."""
+    path = folder(out_dir)
+    names = [p.name for p in path.iterdir() if p.is_dir()] if path.is_dir() else []
+    return sorted(int(name) for name in names if name.isdecimal())
+
+
+def read_meta(out_dir: str, step: int) -> dict[str, Any]:
+    """Return the JSON of a checkpoint; UserError if it cannot be read."""
+    path = folder(out_dir) / str(step) / "meta" / "metadata"
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}): take another checkpoint") from None
+
+
+def choose(out_dir: str, step: str) -> int:
+    """Return the step meant by "latest", "best" or a number; UserError if there is none such.
+
+    "" means what nanoGPT's ckpt.pt holds: the best if the run kept only improvements
+    (always_save_checkpoint=False), else the latest.
+    """
+    have = steps(out_dir)
+    if not have:
+        raise UserError(f"no checkpoint in {out_dir}: train first, or name a run with --out_dir")
+    if step.isdecimal():
+        if int(step) not in have:
+            raise UserError(f"{out_dir} has no checkpoint of step {step}, only of {have}")
+        return int(step)
+    metas = {number: read_meta(out_dir, number) for number in have}
+    if step == "latest" or (not step and metas[have[-1]]["config"]["always_save_checkpoint"]):
+        return have[-1]
+    losses = {n: m["val_loss"] for n, m in metas.items() if m["val_loss"] is not None}
+    return min(losses, key=lambda n: losses[n]) if losses else have[-1]

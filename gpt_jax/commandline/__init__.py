@@ -1,0 +1,123 @@
+"""How a command line becomes a config, and what a config looks like printed.
+
+One layer over another: defaults < the saved run (when it is resumed) < config files < flags.
+"""
+
+import json
+import os
+import textwrap
+from contextlib import suppress
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from gpt_jax.commandline.files import PRESETS, read_config, suggest
+from gpt_jax.config import Checked, LoadConfig, T, TrainConfig, typed
+from gpt_jax.errors import UserError
+
+BOOLS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+READERS = {int: float, float: float, bool: lambda text: BOOLS[text.lower()], str: str}
+
+
+def saved_run(out_dir: str) -> dict[str, Any]:
+    """Return the config that `out_dir` was trained with, nothing if no run was saved there."""
+    path = os.path.join(out_dir, "config.json")
+    if not os.path.isfile(path):
+        return {}
+    try:
+        saved = dict(json.loads(Path(path).read_text("utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"{path!r} is not a saved run ({error}): use another --out_dir") from None
+    kinds = {f.name: f.type for f in fields(TrainConfig)}
+    # What to do now is not for the saved run to say, nor where it is now: it may have been moved.
+    del kinds["eval_only"], kinds["out_dir"]
+    saved = {k: typed(k, v, kinds[k], f"{path}: ") for k, v in saved.items() if k in kinds}
+    return saved | {"out_dir": out_dir}
+
+
+def parse(argv: list[str], kind: type[T]) -> T:
+    """Return the config of a command line, UserError if it has none; --help prints and leaves."""
+    if {"-h", "--help"} & set(argv):
+        print(usage(kind))
+        raise SystemExit(0)
+    kinds = {f.name: f.type for f in fields(kind)}
+    files, flags = [], {}
+    for item in argv:
+        name, equals, text = item.removeprefix("--").partition("=")
+        if not item.startswith("-") and not equals:
+            files.append(item)
+        elif not item.startswith("--"):
+            raise UserError(f"{item!r:.60} is neither a config file nor a key: write --key=value")
+        elif name not in kinds:
+            raise UserError(f"unknown key {suggest(name, kinds)} (--help lists all keys)")
+        elif not equals and kinds[name] is not bool:
+            raise UserError(f"--{name} has no value: write --{name}=VALUE")
+        else:
+            flags[name] = text if equals else "True"
+            with suppress(ValueError, KeyError):  # left as text, which the config then refuses
+                flags[name] = READERS[kinds[name]](flags[name])
+    configs = files or ([kind.preset] if kind.preset else [])
+    values = layers({}, configs, flags, kind)
+    resumes = kind == TrainConfig and values.get("init_from") in ("resume", "auto")
+    if resumes and (saved := saved_run(values.get("out_dir", TrainConfig.out_dir))):
+        # A run asked for by name needs no config to go on. Otherwise quickstart lies over what was
+        # saved, so that `python train.py` never silently goes on with some other run: the
+        # checkpoint will not fit, and says so.
+        asked = not files and "init_from" in flags
+        values = layers(saved, [] if asked else configs, flags, kind)
+    return kind(**values)
+
+
+def layers(values: dict, configs: list[str], flags: dict, kind: type[Checked]) -> dict[str, Any]:
+    """Return the values with those of the config files over them, and the flags over those."""
+    known = {f.name: f for f in (*fields(TrainConfig), *fields(kind))}
+    for config in configs:
+        names = {name: f.default for name, f in known.items()} | values
+        for name, (value, place) in read_config(config, names).items():
+            if name not in known:
+                raise UserError(f"{place}: unknown key {suggest(name, known)} (--help lists keys)")
+            value = typed(name, value, known[name].type, f"{place}: ")
+            # sample.py takes the config of a training run too: its out_dir is what counts
+            fresh = kind != TrainConfig and name == "init_from" and value in ("scratch", "auto")
+            if hasattr(kind, name) and not fresh:
+                values = values | {name: value}
+    return values | flags
+
+
+def usage(kind: type[Checked]) -> str:
+    """Return the text of --help: every key, its default and its meaning."""
+    lines = [f"usage: {kind.command} [CONFIG ...] [--key=value ...]", "", kind.__doc__ or "", ""]
+    lines += textwrap.wrap(f"CONFIG: a file of assignments, or one of {', '.join(PRESETS)}.", 100)
+    lines += [f"Without one: {kind.preset or 'the defaults'}."]
+    for f in fields(kind):
+        if f.metadata["group"]:
+            lines += ["", f.metadata["group"]]
+        shown = repr(f.default) if f.default in ("", "\n") else f.default
+        choices = f" ({f.metadata['choices']})" if "choices" in f.metadata else ""
+        lines.append(f"  {f'--{f.name}={shown}':34} {f.metadata['help']}{choices}")
+    return "\n".join(lines)
+
+
+def notes(config: TrainConfig | LoadConfig) -> list[str]:
+    """Return a line for each key whose value means something else here than in nanoGPT."""
+    lines = [] if config.compile else ["compile=False: JAX always compiles; nothing to switch off"]
+    backend = getattr(config, "backend", "nccl")
+    if backend != "nccl":
+        lines += [f"backend={backend}: JAX picks the transport itself (NCCL on GPUs, ICI on TPUs)"]
+    return lines
+
+
+def compact(config: Checked) -> str:
+    """Return the keys that differ from their defaults, in lines of at most 100 columns."""
+    pairs = [(f, getattr(config, f.name)) for f in fields(config)]
+    return textwrap.fill(" ".join(f"{f.name}={v!r}" for f, v in pairs if v != f.default), 100)
+
+
+def save_config(config: TrainConfig) -> None:
+    """Write the resolved config to OUT_DIR/config.json; UserError if the folder cannot be."""
+    path = Path(config.out_dir) / "config.json"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(vars(config), indent=1) + "\n", "utf-8")
+    except OSError as error:
+        raise UserError(f"out_dir={config.out_dir} cannot be written: {error}") from None

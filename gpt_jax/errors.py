@@ -1,0 +1,27 @@
+"""Wrong input, said in one line."""
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+
+
+class UserError(ValueError):
+    """Input that cannot be used; the message says what, which value, which bound, what to do."""
+
+
+def exit_code(main: Callable[[list[str]], None]) -> Callable[[], int]:
+    """Wrap a command: 0 done, 2 wrong input (one line, no traceback), 1 anything else."""
+
+    @functools.wraps(main)
+    def command() -> int:
+        try:
+            main(sys.argv[1:])
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        except BrokenPipeError:  # `python sample.py | head`: the reader has had enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+    return command

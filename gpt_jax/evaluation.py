@@ -1,0 +1,70 @@
+"""Loss over fixed windows of a split: the same number every time, whatever else has happened."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+from jax.sharding import Mesh
+
+from gpt_jax.data import Split, place
+from gpt_jax.model import GPT
+from gpt_jax.sharding import batch_sharding
+from gpt_jax.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Mean loss in nats/token over ``tokens`` targets, and the same in bits per byte of text."""
+
+    loss: float
+    tokens: int
+    bits_per_byte: float | None = None
+
+    @property
+    def perplexity(self) -> float:
+        """Return e to the loss."""
+        return math.exp(min(self.loss, 700))
+
+
+def make_eval_step(model: GPT) -> Callable[[Any, Array, Array], tuple[Array, Array]]:
+    """Return a jitted ``f(params, tokens, targets) -> (summed nats, counted targets)``.
+
+    tokens and targets are int32 (B, T); a target of -1 is left out. No dropout.
+    """
+    return jax.jit(lambda params, x, y: model.apply({"params": params}, x, y, method="total_loss"))
+
+
+def evaluate(
+    eval_step: Callable,
+    params: Any,
+    split: Split,
+    starts: np.ndarray,
+    batch_size: int,
+    mesh: Mesh,
+    tokenizer: Tokenizer | None = None,
+) -> Evaluation:
+    """Return the loss over the windows at ``starts``, batch by batch.
+
+    With a ``tokenizer`` the bytes of the targets are counted too. Sums are taken in float64.
+    """
+    rows = min(batch_size, len(starts))
+    rows += -rows % mesh.size
+    lengths = None if tokenizer is None else tokenizer.byte_lengths()
+    sums, n_bytes = [], 0
+    for first in range(0, len(starts), rows):
+        part = starts[first : first + rows]
+        missing = rows - len(part)
+        x, y = place(split, np.pad(part, (0, missing), mode="edge"), batch_sharding(mesh, 2))
+        if missing:  # rows that only fill the batch up do not count
+            y = y.at[-missing:].set(-1)
+        sums.append(eval_step(params, x, y))
+        if lengths is not None:
+            ids = split.windows(part, shift=1)
+            n_bytes += int(lengths[np.minimum(ids, len(lengths) - 1)].sum())
+    nats, tokens = np.asarray(jax.device_get(sums), np.float64).sum(0)
+    bits = nats / math.log(2) / n_bytes if n_bytes else None
+    return Evaluation(nats / tokens, int(tokens), bits)

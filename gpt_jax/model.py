@@ -1,0 +1,258 @@
+"""The network: GPT-2 as nanoGPT writes it, with nanoGPT's parameter names.
+
+Axis letters, here and in every einsum, comment and test (JAX's own docs say N for heads and H for
+the size of one; nanoGPT's readers know them as below):
+
+    B batch   T query positions   S key positions   C embedding   H heads   D head size
+    F MLP width   V vocabulary   L layers   A accumulation steps
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from gpt_jax.attention import attention, cached_attention
+from gpt_jax.config import GPTConfig
+from gpt_jax.errors import UserError
+from gpt_jax.loss import cross_entropy_of_projection, project
+
+Params = dict[str, Any]
+
+
+class Cache(NamedTuple):
+    """Keys and values of the positions so far: (L, B, S, H, D) each; a layer's lack the L."""
+
+    k: Array
+    v: Array
+
+
+def new_cache(config: GPTConfig, batch: int) -> Cache:
+    """Return an empty cache for ``batch`` rows of up to ``block_size`` positions."""
+    head_size = config.n_embd // config.n_head
+    shape = (config.n_layer, batch, config.block_size, config.n_head, head_size)
+    return Cache(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype))
+
+
+class Linear(nn.Module):
+    """A product with a weight of shape ``inputs + outputs``, in ``config.dtype``, plus a bias.
+
+    ``split=True`` makes one product for each entry of the weight's second axis, and returns a list:
+    q, k and v then need no slices, and their gradients no concatenation.
+    """
+
+    config: GPTConfig
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    std: float = 0.02
+    split: bool = False
+
+    @nn.compact
+    def __call__(self, x: Array) -> Any:
+        dtype, n = self.config.dtype, len(self.inputs)
+        shape = self.inputs + self.outputs
+        weight = self.param("weight", nn.initializers.normal(self.std), shape).astype(dtype)
+        bias = jnp.zeros(self.outputs, dtype)
+        if self.config.bias:
+            bias = self.param("bias", nn.initializers.zeros, self.outputs).astype(dtype)
+        if self.split:
+            return [product(x, weight[:, i], n) + bias[i] for i in range(self.outputs[0])]
+        return product(x, weight, n) + bias
+
+
+def product(x: Array, weight: Array, n: int) -> Array:
+    """Return x (..., inputs) times weight (inputs, outputs), with ``n`` input axes.
+
+    As a product of two matrices: over more axes XLA's CPU backend transposes element by element.
+    """
+    batch, outputs = x.shape[: x.ndim - n], weight.shape[n:]
+    weight = weight.reshape(math.prod(weight.shape[:n]), -1)
+    x = x.astype(weight.dtype).reshape(-1, weight.shape[0])
+    return jnp.dot(x, weight, precision=precision(weight.dtype)).reshape(*batch, *outputs)
+
+
+def precision(dtype: Any) -> jax.lax.Precision | None:
+    """Return the precision to ask of a product: float32 means it, on TPUs and Hopper too."""
+    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
+
+
+def gelu(x: Array, approximate: bool) -> Array:
+    """Return GELU(x) (Hendrycks & Gimpel 2016): exact as in nanoGPT, or tanh as in GPT-2.
+
+    The exact form is written with erf; jax.nn.gelu uses erfc, which costs twice as much on a CPU.
+    """
+    if approximate:
+        return nn.gelu(x, approximate=True)
+    y = x.astype(jnp.float32)
+    return (0.5 * y * (1 + jax.lax.erf(y * math.sqrt(0.5)))).astype(x.dtype)
+
+
+class LayerNorm(nn.Module):
+    """Normalise the last axis in float32, two-pass variance, eps 1e-5, as PyTorch does."""
+
+    config: GPTConfig
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        shape = (self.config.n_embd,)
+        x = x.astype(jnp.float32)
+        x -= x.mean(-1, keepdims=True)
+        x *= jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-5)
+        x *= self.param("weight", nn.initializers.ones, shape)
+        if self.config.bias:
+            x += self.param("bias", nn.initializers.zeros, shape)
+        return x
+
+
+class Embedding(nn.Module):
+    """A table of ``rows`` vectors of C, looked up by id."""
+
+    config: GPTConfig
+    rows: int
+
+    def setup(self):
+        shape = (self.rows, self.config.n_embd)
+        self.weight = self.param("weight", nn.initializers.normal(0.02), shape)
+
+    def __call__(self, ids: Array) -> Array:
+        return self.weight[ids]
+
+
+class CausalSelfAttention(nn.Module):
+    """Multi-head attention; with a cache, the new positions also see the cached ones."""
+
+    config: GPTConfig
+
+    @nn.compact
+    def __call__(self, x: Array, positions: Array, cache: Cache | None, deterministic: bool):
+        c = self.config
+        heads = (c.n_head, c.n_embd // c.n_head)
+        # (C, 3, H, D) keeps q, k and v of a head together, so that heads can be sharded
+        q, k, v = Linear(c, (c.n_embd,), (3, *heads), split=True, name="c_attn")(x)  # (B, T, H, D)
+        rate = 0.0 if deterministic else c.dropout
+        if cache is not None:
+            rows = jnp.arange(x.shape[0])[:, None]
+            k, v = cache.k.at[rows, positions].set(k), cache.v.at[rows, positions].set(v)
+            cache = Cache(k, v)
+            y = cached_attention(q, k, v, positions)
+        else:
+            key = self.make_rng("dropout") if rate else None
+            y = attention(q, k, v, backend=c.attention, dropout=rate, key=key)
+        std = 0.02 / math.sqrt(2 * c.n_layer)
+        y = Linear(c, heads, (c.n_embd,), std, name="c_proj")(y)
+        return nn.Dropout(rate, deterministic=deterministic)(y), cache
+
+
+class MLP(nn.Module):
+    """Two products with a GELU between."""
+
+    config: GPTConfig
+
+    @nn.compact
+    def __call__(self, x: Array, deterministic: bool) -> Array:
+        c = self.config
+        x = Linear(c, (c.n_embd,), (4 * c.n_embd,), name="c_fc")(x)
+        x = gelu(x, approximate=c.activation == "gelu_tanh")
+        std = 0.02 / math.sqrt(2 * c.n_layer)
+        x = Linear(c, (4 * c.n_embd,), (c.n_embd,), std, name="c_proj")(x)
+        return nn.Dropout(c.dropout, deterministic=deterministic)(x)
+
+
+class Block(nn.Module):
+    """x += attention(norm(x)); x += mlp(norm(x)); the residual stream x stays float32."""
+
+    config: GPTConfig
+
+    @nn.compact
+    def __call__(self, x: Array, cache: Cache | None, positions: Array, deterministic: bool):
+        c = self.config
+        normed = LayerNorm(c, name="ln_1")(x)
+        y, cache = CausalSelfAttention(c, name="attn")(normed, positions, cache, deterministic)
+        x += y
+        return x + MLP(c, name="mlp")(LayerNorm(c, name="ln_2")(x), deterministic), cache
+
+
+class GPT(nn.Module):
+    """The language model: token ids in, logits of the next token out."""
+
+    config: GPTConfig
+
+    def setup(self):
+        c = self.config
+        block = Block
+        if c.remat != "none":
+            keep = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+            policy = keep if c.remat == "dots" else None
+            # inside an unrolled loop XLA would merge the recomputation away if it were let to
+            prevent_cse = not c.scan_layers
+            block = nn.remat(Block, policy=policy, prevent_cse=prevent_cse, static_argnums=(4,))
+        self.wte = Embedding(c, c.vocab_size)
+        self.wpe = Embedding(c, c.block_size)
+        self.drop = nn.Dropout(c.dropout)
+        self.h = nn.scan(
+            block,
+            variable_axes={"params": 0},  # every weight of a layer gets a leading L
+            split_rngs={"params": True, "dropout": True},
+            in_axes=(0, nn.broadcast, nn.broadcast),
+            length=c.n_layer,
+            unroll=1 if c.scan_layers else c.n_layer,
+        )(c)
+        self.ln_f = LayerNorm(c)
+
+    def features(self, tokens: Array, positions=None, cache=None, deterministic: bool = True):
+        """Return the final features, float32 (B, T, C), of ``tokens`` (B, T), and the cache."""
+        if tokens.shape[1] > self.config.block_size:
+            raise UserError(
+                f"Cannot forward sequence of length {tokens.shape[1]}, "
+                f"block size is only {self.config.block_size}"
+            )
+        if positions is None:
+            positions = jnp.arange(tokens.shape[1])[None]
+        x = self.drop(self.wte(tokens) + self.wpe(positions), deterministic=deterministic)
+        x, cache = self.h(x, cache, positions, deterministic)
+        return self.ln_f(x), cache
+
+    def __call__(self, tokens: Array, deterministic: bool = True) -> Array:
+        """Return the logits, float32 (B, T, V), of ``tokens``, int32 (B, T) with T <= block_size.
+
+        ``deterministic=False`` turns dropout on and needs ``rngs={"dropout": key}``.
+        Radford et al. 2019, "Language Models are Unsupervised Multitask Learners".
+        """
+        x, _ = self.features(tokens, deterministic=deterministic)
+        return project(x, self.wte.weight, self.config.dtype)
+
+    def loss(self, tokens: Array, targets: Array, deterministic: bool = True) -> Array:
+        """Return the mean cross-entropy in nats/token; targets (B, T) of -1 are left out."""
+        total, count = self.total_loss(tokens, targets, deterministic)
+        return total / jnp.maximum(count, 1)
+
+    def total_loss(self, tokens: Array, targets: Array, deterministic: bool = True):
+        """Return the summed cross-entropy in nats, and the number of targets it counts."""
+        x, _ = self.features(tokens, deterministic=deterministic)
+        return cross_entropy_of_projection(x, self.wte.weight, targets, self.config.dtype)
+
+    def next_logits(self, tokens: Array, last: Array, positions=None, cache=None):
+        """Return the logits, float32 (B, V), at index ``last`` (B,) of each row, and the cache."""
+        x, cache = self.features(tokens, positions, cache)
+        x = jnp.take_along_axis(x, last[:, None, None], axis=1)
+        return project(x, self.wte.weight, self.config.dtype)[:, 0], cache
+
+
+def count_params(params: Any, non_embedding: bool = True) -> int:
+    """Return the number of parameters; as nanoGPT reports it, without the position embedding."""
+    total = sum(x.size for x in jax.tree.leaves(params))
+    return total - params["wpe"]["weight"].size if non_embedding else total
+
+
+def crop_block_size(params: Params, block_size: int) -> Params:
+    """Return params for a shorter context: the first ``block_size`` rows of wpe.
+
+    Raises UserError if the model's own context is shorter.
+    """
+    rows = params["wpe"]["weight"].shape[0]
+    if block_size > rows:
+        raise UserError(f"block_size={block_size} is more than the {rows} the model was made with")
+    return {**params, "wpe": {"weight": params["wpe"]["weight"][:block_size]}}

@@ -1,0 +1,36 @@
+"""The last lines of a run."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from gpt_jax.config import TrainConfig
+from gpt_jax.evaluation import Evaluation
+from gpt_jax.model import GPT
+from gpt_jax.plot import plot
+from gpt_jax.sampling import generate
+from gpt_jax.tokenizer import Tokenizer
+
+
+def summary(
+    config: TrainConfig, val: Evaluation, model: GPT, params: Any, tokenizer: Tokenizer
+) -> None:
+    """Say how a run ended: the loss, a sample if one is asked for, where things lie, what next."""
+    bits = "" if val.bits_per_byte is None else f", {val.bits_per_byte:.4f} bits/byte"
+    print(f"\nval loss {val.loss:.4f} nats/token{bits}")
+    if config.sample_tokens:
+        key = jax.random.key(config.seed)
+        prompt = tokenizer.encode("\n")
+        ids = generate(
+            model, params, prompt, key=key, max_new_tokens=config.sample_tokens, temperature=0.8
+        )
+        print(f"a sample:\n---------------{tokenizer.decode(ids)}\n---------------")
+    out = Path(config.out_dir)
+    print(
+        f"checkpoints {out / 'checkpoints'}, metrics {out / 'metrics.jsonl'}, picture {plot(config.out_dir)}"
+    )
+    flag = "" if config.out_dir == "out" else f" --out_dir={config.out_dir}"
+    print("next:")
+    print(f'  python sample.py{flag} --start="def " --num_samples=3')
+    print(f"  python train.py --init_from=resume{flag} --max_iters={2 * config.max_iters}")

@@ -1,0 +1,70 @@
+"""Which device holds what: the mesh, and the layout of the state and of a batch over it."""
+
+import math
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from gpt_jax.config import TrainConfig
+from gpt_jax.errors import UserError
+
+
+def use_platform(device: str) -> None:
+    """Choose the platform of a whole process, before anything touches a device: for scripts.
+
+    "auto" leaves the choice to JAX. Raises UserError for a platform that is not there.
+    """
+    platform = {"gpu": "cuda"}.get(device, device).split(":")[0]
+    if platform != "auto":
+        jax.config.update("jax_platforms", platform)
+    try:
+        jax.devices()
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"device={device} is not there ({reason}): use --device=cpu, or install "
+            "gpt_jax[cuda] or gpt_jax[tpu] for the hardware at hand"
+        ) from None
+
+
+def make_mesh(device: str = "auto") -> Mesh:
+    """Return a mesh over all devices of the platform in use, or over the one of "cuda:1".
+
+    Its axis "data" shards the rows of a batch. Raises UserError for a device that is not there.
+    """
+    devices = jax.devices()
+    if ":" in device:
+        index = int(device.split(":")[1])
+        if index >= len(devices):
+            raise UserError(
+                f"device={device}, but there are {len(devices)} devices: 0 is the first"
+            )
+        devices = devices[index : index + 1]
+    # Auto and not make_mesh's default: linen looks up sharded tables under it
+    return jax.make_mesh((len(devices),), ("data",), (AxisType.Auto,), devices=devices)
+
+
+def state_sharding(mesh: Mesh) -> NamedSharding:
+    """Return the layout of parameters and optimizer state: whole on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh, ndim: int) -> NamedSharding:
+    """Return the layout of a batch (..., B, T): rows spread over the devices."""
+    return NamedSharding(mesh, PartitionSpec(*[None] * (ndim - 2), "data", None))
+
+
+def micro_batches(config: TrainConfig, mesh: Mesh) -> tuple[int, int]:
+    """Return (A, B), accumulation steps and rows of a micro-batch over all devices.
+
+    A * B is the same whatever the number of devices: they take accumulation steps first, as
+    nanoGPT's processes do, then rows. Raises UserError where the rows do not divide.
+    """
+    steps, rows, devices = config.gradient_accumulation_steps, config.batch_size, mesh.size
+    shared = math.gcd(steps, devices)
+    if rows * shared % devices:
+        raise UserError(
+            f"batch_size={rows} x gradient_accumulation_steps={steps} cannot be shared by "
+            f"{devices} devices: make batch_size a multiple of {devices // shared}"
+        )
+    return steps // shared, rows * shared

@@ -1,0 +1,62 @@
+"""Write text with a trained model: config -> weights -> text.
+
+python sample.py --out_dir=out-shakespeare-char --start="FILE:prompt.txt" --num_samples=3
+"""
+
+import sys
+from pathlib import Path
+
+import jax
+
+from gpt_jax.commandline import notes
+from gpt_jax.config import SampleConfig, parse
+from gpt_jax.errors import UserError, exit_code
+from gpt_jax.pretrained import load
+from gpt_jax.sampling import generate, stream
+from gpt_jax.sharding import use_platform
+from gpt_jax.tokenizer import stream_decoder
+
+
+@exit_code
+def main(argv: list[str]) -> None:
+    """Print samples as nanoGPT's sample.py does; on a terminal, as their tokens come."""
+    config = parse(argv, SampleConfig)
+    for note in notes(config):
+        print(note, file=sys.stderr)
+    prompt = config.start
+    if prompt.startswith("FILE:"):
+        try:
+            prompt = Path(prompt[5:]).read_text("utf-8")
+        except (OSError, ValueError) as error:
+            raise UserError(f"start={config.start}: cannot be read as text ({error})") from None
+
+    use_platform(config.device)
+    source = config.out_dir if config.init_from == "resume" else config.init_from
+    model, params, tokenizer = load(source, step=config.step, dtype=config.dtype)
+    ids = tokenizer.encode(prompt)
+    stop = tokenizer.encode(config.stop)
+    if len(stop) > 1:
+        raise UserError(f"stop={config.stop!r} is {len(stop)} tokens of this model: it must be one")
+    rule = {
+        "max_new_tokens": config.max_new_tokens,
+        "temperature": config.temperature,
+        "top_k": config.top_k,
+        "top_p": config.top_p,
+        "stop_tokens": stop,
+    }
+    # a key a sample: the same text whether they are written together or one after the other
+    keys = jax.random.split(jax.random.key(config.seed), config.num_samples)
+    if sys.stdout.isatty():
+        for key in keys:
+            text = stream_decoder(tokenizer)
+            print(text(ids), end="", flush=True)
+            for new in stream(model, params, ids, key=key, **rule):
+                print(text(new), end="", flush=True)
+            print(text([], final=True) + "\n---------------")
+    else:
+        for row in generate(model, params, [ids] * config.num_samples, key=keys, **rule):
+            print(tokenizer.decode(row) + "\n---------------")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,232 @@
+"""Train a GPT: the whole run, top to bottom.
+
+python train.py                                                # the quickstart
+python train.py config/train_shakespeare_char.py --max_iters=2000
+python train.py train_gpt2 --dataset=openwebtext
+"""
+
+import sys
+from contextlib import closing
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from gpt_jax import checkpoint, reporting
+from gpt_jax.commandline import compact, notes, save_config
+from gpt_jax.config import GPTConfig, TrainConfig, parse
+from gpt_jax.data import batches, evaluation_starts, open_split
+from gpt_jax.errors import UserError, exit_code
+from gpt_jax.evaluation import Evaluation, evaluate, make_eval_step
+from gpt_jax.metrics import flops_per_token, peak_flops
+from gpt_jax.model import GPT, count_params, crop_block_size
+from gpt_jax.optimizer import decay_groups, learning_rate, make_optimizer
+from gpt_jax.prepare import prepare_on_first_use
+from gpt_jax.prepare.dataset import for_dataset
+from gpt_jax.pretrained import load, product_dtype
+from gpt_jax.reporting.summary import summary
+from gpt_jax.sharding import (
+    batch_sharding,
+    make_mesh,
+    micro_batches,
+    state_sharding,
+    use_platform,
+)
+from gpt_jax.signals import Stop
+from gpt_jax.train_step import TrainState, init_state, make_train_step
+
+
+@exit_code
+def main(argv: list[str]) -> None:
+    """Run a training run from its command line."""
+    # ---- 1. What is asked for -------------------------------------------------------------------
+    config = parse(argv)
+    print(compact(config), *notes(config), sep="\n")
+
+    # ---- 2. Where it runs -----------------------------------------------------------------------
+    use_platform(config.device)
+    mesh = make_mesh(config.device)
+    dtype = product_dtype(config.dtype)
+    A, B = micro_batches(config, mesh)
+    tokens_per_iter = A * B * config.block_size
+    print(f"{mesh.size} x {mesh.devices.flat[0].device_kind}, {dtype} products")
+    print(f"tokens per iteration will be: {tokens_per_iter:,}")
+
+    # ---- 3. What it reads -----------------------------------------------------------------------
+    folder = Path(config.data_dir) / config.dataset
+    prepare_on_first_use(config.dataset, folder)
+    tokenizer, vocab_size, token_dtype = for_dataset(folder)
+    splits = {
+        name: open_split(folder, name, vocab_size, token_dtype, config.block_size)
+        for name in ("train", "val")
+    }
+
+    # ---- 4. What it trains ----------------------------------------------------------------------
+    resumed = latest_step(config)
+    model_config = config.model_config(vocab_size, dtype, tokenizer.n_tokens)
+    meta = {"iter": 0, "best_val_loss": float("inf")}
+    if resumed is not None:
+        meta = checkpoint.read_meta(config.out_dir, resumed)
+        refuse_another_model(config, model_config, meta["model"])
+        model, state = resume(config, model_config, resumed, mesh)
+        print(f"resuming from {config.out_dir}, iteration {resumed}")
+    elif config.init_from in ("scratch", "auto"):
+        model, state = scratch(config, model_config, mesh)
+    else:
+        model, state = finetune(config, vocab_size, mesh)
+    (decayed, n_decayed), (others, n_others) = decay_groups(state.params)
+    print(f"number of parameters: {count_params(state.params) / 1e6:.2f}M")
+    print(f"num decayed parameter tensors: {decayed}, with {n_decayed:,} parameters")
+    print(f"num non-decayed parameter tensors: {others}, with {n_others:,} parameters")
+
+    # ---- 5. What an iteration and an evaluation are ----------------------------------------------
+    train_step = make_train_step(model, make_optimizer(config))
+    eval_step = make_eval_step(model)
+    starts = {
+        name: evaluation_starts(split, config.eval_iters * config.batch_size)
+        for name, split in splits.items()
+    }
+
+    def loss_of(name: str, counting_bytes: bool = False) -> Evaluation:
+        return evaluate(
+            eval_step, state.params, splits[name], starts[name], B, mesh,
+            tokenizer if counting_bytes else None,
+        )  # fmt: skip
+
+    if config.eval_only:
+        train, val = loss_of("train"), loss_of("val")
+        print(f"step {meta['iter']}: train loss {train.loss:.4f}, val loss {val.loss:.4f}")
+        return
+
+    # ---- 6. The loop ----------------------------------------------------------------------------
+    if resumed is None:
+        checkpoint.set_aside(config.out_dir)
+    save_config(config)
+    flops = flops_per_token(model.config, count_params(state.params)) * tokens_per_iter
+    peak = config.peak_flops or peak_flops(mesh.devices.flat[0])
+    report = reporting.Report(
+        config,
+        meta["iter"],
+        tokens_per_iter,
+        flops,
+        peak and peak * mesh.size,
+        meta.get("wandb_id"),
+    )
+    manager = checkpoint.open_checkpoints(config.out_dir, config.keep)
+    best, saved = meta["best_val_loss"], resumed
+
+    def save(iteration: int, val_loss: float | None) -> None:
+        nonlocal saved
+        if saved == iteration or iteration == 0:
+            return
+        checkpoint.save(
+            manager, state,
+            {"iter": iteration, "best_val_loss": best, "val_loss": val_loss,
+             "wandb_id": report.wandb_id, "config": vars(config), "model": vars(model.config),
+             "tokenizer": tokenizer.to_json()},
+            val_loss,
+        )  # fmt: skip
+        saved = iteration
+
+    pending = None  # the metrics of the iteration before: read while the device does this one
+    with closing(report), closing(manager), Stop() as stop:
+        stream = batches(
+            splits["train"], (A, B), config.seed, meta["iter"], batch_sharding(mesh, 3)
+        )
+        for iteration in range(meta["iter"], config.max_iters + 1):
+            last = iteration == config.max_iters
+            if iteration % config.eval_interval == 0 or last or stop.asked:
+                if pending:
+                    report.step(*pending)
+                    pending = None
+                if stop.asked:
+                    save(iteration, None)
+                    break
+                train, val = loss_of("train"), loss_of("val", last)
+                lr = learning_rate(config, iteration)
+                report.evaluation(iteration, train.loss, val.loss, lr)
+                improved, best = val.loss < best, min(val.loss, best)
+                if improved or config.always_save_checkpoint or last:
+                    if iteration:
+                        report.say(f"saving checkpoint to {config.out_dir}")
+                    save(iteration, val.loss)
+                report.resume_clock()
+            elif config.save_interval and iteration % config.save_interval == 0:
+                save(iteration, None)
+            if last:
+                break
+            state, metrics = train_step(state, *next(stream))
+            if pending:
+                report.step(*pending)
+            pending = (iteration, metrics, learning_rate(config, iteration))
+
+    # ---- 7. The end -----------------------------------------------------------------------------
+    if stop.asked:
+        print(f"stopped at iteration {iteration} and saved: --init_from=resume goes on from there")
+    else:
+        summary(config, val, model, state.params, tokenizer)
+
+
+def latest_step(config: TrainConfig) -> int | None:
+    """Return the step to resume from, None to start anew; UserError where there must be one."""
+    if config.init_from not in ("resume", "auto"):
+        return None
+    have = checkpoint.steps(config.out_dir)
+    if config.init_from == "resume" and not have:
+        raise UserError(f"init_from=resume: {config.out_dir} has no checkpoint to resume from")
+    return have[-1] if have else None
+
+
+def refuse_another_model(config: TrainConfig, wanted: GPTConfig, saved: dict) -> None:
+    """Raise UserError for the first size in which the checkpoint is not the model asked for."""
+    for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "bias", "activation"):
+        if getattr(wanted, name) != saved[name]:
+            raise UserError(
+                f"{name}={getattr(wanted, name)}, but the checkpoint in {config.out_dir} has "
+                f"{name}={saved[name]}: give it that, or another --out_dir to start anew"
+            )
+
+
+def scratch(config: TrainConfig, model_config: GPTConfig, mesh: Mesh) -> tuple[GPT, TrainState]:
+    """Return a new model and its state, born where it will stay."""
+    model, new = fresh(config, model_config)
+    return model, jax.jit(new, out_shardings=state_sharding(mesh))()
+
+
+def fresh(config: TrainConfig, model_config: GPTConfig):
+    """Return a model, and the function that makes its first state from the seed."""
+    model, tx = GPT(model_config), make_optimizer(config)
+
+    def new() -> TrainState:
+        init_key, dropout_key = jax.random.split(jax.random.key(config.seed))
+        params = model.init(init_key, jnp.zeros((1, 1), jnp.int32))["params"]
+        return init_state(params, tx, dropout_key)
+
+    return model, new
+
+
+def resume(
+    config: TrainConfig, model_config: GPTConfig, step: int, mesh: Mesh
+) -> tuple[GPT, TrainState]:
+    """Return the model and the state of a checkpoint, restored to where it will stay."""
+    model, new = fresh(config, model_config)
+    shapes = jax.eval_shape(new)
+    return model, checkpoint.restore(config.out_dir, step, shapes, state_sharding(mesh))
+
+
+def finetune(config: TrainConfig, vocab_size: int, mesh: Mesh) -> tuple[GPT, TrainState]:
+    """Return a pretrained model and its state before the first update."""
+    model, params, _ = load(config.init_from, dtype=config.dtype, sharding=state_sharding(mesh))
+    params = crop_block_size(params, config.block_size)
+    model = GPT(config.finetuned(model.config))
+    key = jax.random.split(jax.random.key(config.seed))[1]
+    new = jax.jit(
+        lambda params: init_state(params, make_optimizer(config), key),
+        out_shardings=state_sharding(mesh),
+    )
+    return model, new(params)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
