@@ -1,6 +1,7 @@
 """Causal attention: a plain reference, and the dispatch to faster backends held equal to it."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ from gpt_jax.errors import UserError
 
 
 def attention(
-    q: Array, k: Array, v: Array, *, backend: str = "auto", dropout: float = 0.0, key=None
+    q: Array, k: Array, v: Array, *, backend: str = "auto", dropout: float = 0.0, key: Any = None
 ) -> Array:
     """Return softmax(q k^T / sqrt(D), causal) v; q, k, v and the result are (B, T, H, D).
 
@@ -37,7 +38,9 @@ def attention(
     return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=backend)  # pyright: ignore
 
 
-def reference(q: Array, k: Array, v: Array, mask: Array, dropout: float = 0.0, key=None) -> Array:
+def reference(
+    q: Array, k: Array, v: Array, mask: Array, dropout: float = 0.0, key: Any = None
+) -> Array:
     """Return attention written out: q (B, T, H, D), k and v (B, S, H, D), mask to (B, H, T, S)."""
     exact = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
     q = q * (1 / math.sqrt(q.shape[-1]))

@@ -75,8 +75,8 @@ def open_split(
             "give it more text or lower --block_size"
         )
     split = Split(path, tokens, vocab_size, block_size)  # pyright: ignore[reportArgumentType]
-    if len(tokens) <= SCAN_AT_OPEN and tokens.max() >= vocab_size:  # pyright: ignore
-        first = int(np.argmax(np.asarray(tokens) >= vocab_size))
+    if len(tokens) <= SCAN_AT_OPEN and np.max(tokens) >= vocab_size:
+        first = int(np.argmax(np.greater_equal(tokens, vocab_size)))
         split.refuse(np.array([first]), np.asarray(tokens[first : first + 1])[None], 0)
     return split
 

@@ -1,6 +1,6 @@
 """How fast: FLOPs of a token, the peak of a device, and the share of it that a run reaches."""
 
-import jax
+from typing import Any
 
 from gpt_jax.config import GPTConfig
 
@@ -23,7 +23,7 @@ PEAK_FLOPS = {
 }
 
 
-def peak_flops(device: jax.Device) -> float | None:
+def peak_flops(device: Any) -> float | None:
     """Return the FLOP/s that a device can reach at most in bfloat16, None where not known."""
     matches = [kind for kind in PEAK_FLOPS if device.device_kind.startswith(kind)]
     return PEAK_FLOPS[max(matches, key=len)] if matches else None

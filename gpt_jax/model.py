@@ -59,19 +59,20 @@ class Linear(nn.Module):
         if self.config.bias:
             bias = self.param("bias", nn.initializers.zeros, self.outputs).astype(dtype)
         if self.split:
-            return [product(x, weight[:, i], n) + bias[i] for i in range(self.outputs[0])]
-        return product(x, weight, n) + bias
+            return [product(x, weight[:, i], bias[i], n) for i in range(self.outputs[0])]
+        return product(x, weight, bias, n)
 
 
-def product(x: Array, weight: Array, n: int) -> Array:
-    """Return x (..., inputs) times weight (inputs, outputs), with ``n`` input axes.
+def product(x: Array, weight: Array, bias: Array, n: int) -> Array:
+    """Return x (..., inputs) times weight (inputs, outputs), with ``n`` input axes, plus bias.
 
     As a product of two matrices: over more axes XLA's CPU backend transposes element by element.
     """
     batch, outputs = x.shape[: x.ndim - n], weight.shape[n:]
     weight = weight.reshape(math.prod(weight.shape[:n]), -1)
     x = x.astype(weight.dtype).reshape(-1, weight.shape[0])
-    return jnp.dot(x, weight, precision=precision(weight.dtype)).reshape(*batch, *outputs)
+    y = jnp.dot(x, weight, precision=precision(weight.dtype)) + bias.reshape(1, -1)
+    return y.reshape(*batch, *outputs)
 
 
 def precision(dtype: Any) -> jax.lax.Precision | None:
@@ -101,9 +102,9 @@ class LayerNorm(nn.Module):
         x = x.astype(jnp.float32)
         x -= x.mean(-1, keepdims=True)
         x *= jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-5)
-        x *= self.param("weight", nn.initializers.ones, shape)
+        x *= self.param("weight", nn.initializers.ones, shape)[None, None]
         if self.config.bias:
-            x += self.param("bias", nn.initializers.zeros, shape)
+            x += self.param("bias", nn.initializers.zeros, shape)[None, None]
         return x
 
 
@@ -196,7 +197,7 @@ class GPT(nn.Module):
             block,
             variable_axes={"params": 0},  # every weight of a layer gets a leading L
             split_rngs={"params": True, "dropout": True},
-            in_axes=(0, nn.broadcast, nn.broadcast),
+            in_axes=(0, nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]
             length=c.n_layer,
             unroll=1 if c.scan_layers else c.n_layer,
         )(c)

@@ -54,7 +54,7 @@ def next_token(logits: Array, keys: Array, rule: Rule, n_tokens: int = 0) -> Arr
     """
     V = logits.shape[-1]
     if n_tokens:
-        logits = jnp.where(jnp.arange(V) < n_tokens, logits, -jnp.inf)
+        logits = jnp.where(jnp.arange(V)[None] < n_tokens, logits, -jnp.inf)
     if rule.temperature == 0:
         return logits.argmax(-1).astype(jnp.int32)
     logits = logits / rule.temperature
@@ -86,13 +86,13 @@ def prefill(model: GPT, params: Any, prompts: Array, lengths: Array, room: int, 
         {"params": params}, window, jnp.minimum(lengths, P) - 1, positions,
         new_cache(model.config, B), method="next_logits",
     )  # fmt: skip
-    return Decoding(tokens, lengths, jnp.zeros(B, bool), logits, cache, keys)
+    return Decoding(tokens, lengths, jnp.zeros(B, bool), logits, cache, keys)  # pyright: ignore
 
 
 def read_window(tokens: Array, lengths: Array, width: int) -> Array:
-    """Return the last ``width`` tokens (B, width) of each row, or all of a shorter row and filling."""
+    """Return each row's last ``width`` tokens (B, width); a shorter row is filled up."""
     first = jnp.maximum(lengths - width, 0)
-    return jnp.take_along_axis(tokens, first[:, None] + jnp.arange(width), axis=1)
+    return jnp.take_along_axis(tokens, first[:, None] + jnp.arange(width)[None], axis=1)
 
 
 @partial(jax.jit, static_argnums=(0, 4), donate_argnums=2)

@@ -1,4 +1,4 @@
-"""One update of the parameters: micro-batches, mean gradient, clip, AdamW, as one jitted function."""
+"""One update of the parameters, micro-batches to AdamW, as one jitted function."""
 
 from collections.abc import Callable
 from functools import partial

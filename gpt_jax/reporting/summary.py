@@ -27,9 +27,9 @@ def summary(
         )
         print(f"a sample:\n---------------{tokenizer.decode(ids)}\n---------------")
     out = Path(config.out_dir)
-    print(
-        f"checkpoints {out / 'checkpoints'}, metrics {out / 'metrics.jsonl'}, picture {plot(config.out_dir)}"
-    )
+    print(f"checkpoints: {out / 'checkpoints'}")
+    print(f"metrics:     {out / 'metrics.jsonl'}")
+    print(f"picture:     {plot(config.out_dir)}")
     flag = "" if config.out_dir == "out" else f" --out_dir={config.out_dir}"
     print("next:")
     print(f'  python sample.py{flag} --start="def " --num_samples=3')
