@@ -5,7 +5,9 @@ OUT_DIR/checkpoints/STEP/params      the parameters, as in model.py
 /meta        JSON: config, model, tokenizer, iteration, losses
 """
 
+import itertools
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,8 @@ from jax.sharding import Sharding
 
 from gpt_jax.errors import UserError
 from gpt_jax.train_step import TrainState
+
+NEEDED = ("iter", "val_loss", "config", "model", "tokenizer")  # of the JSON
 
 
 def open_checkpoints(out_dir: str, keep: int) -> ocp.CheckpointManager:
@@ -48,8 +52,9 @@ def save(
         optimizer=ocp.args.StandardSave(without_params(state)),
         meta=ocp.args.JsonSave(meta),
     )
-    metrics = None if val_loss is None else {"val_loss": val_loss}
-    manager.save(meta["iter"], args=items, metrics=metrics)
+    # nan, of a run that diverged, would rank as the best and push out the real one
+    finite = val_loss is not None and math.isfinite(val_loss)
+    manager.save(meta["iter"], args=items, metrics={"val_loss": val_loss} if finite else None)
 
 
 def restore(out_dir: str, step: int, state: Any, sharding: Sharding) -> TrainState:
@@ -85,8 +90,8 @@ def set_aside(out_dir: str) -> None:
     """Move an earlier run's files out of the way of a new one: to OUT_DIR/previous-N."""
     old = [path for path in Path(out_dir).glob("*") if not path.name.startswith("previous-")]
     if steps(out_dir):
-        n = 1 + sum(1 for _ in Path(out_dir).glob("previous-*"))
-        there = Path(out_dir) / f"previous-{n}"
+        places = (Path(out_dir) / f"previous-{n}" for n in itertools.count(1))
+        there = next(place for place in places if not place.exists())
         there.mkdir()
         for path in old:
             path.rename(there / path.name)
@@ -104,8 +109,11 @@ def read_meta(out_dir: str, step: int) -> dict[str, Any]:
     """Return the JSON of a checkpoint; UserError if it cannot be read."""
     path = folder(out_dir) / str(step) / "meta" / "metadata"
     try:
-        return json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
+        meta = json.loads(path.read_text("utf-8"))
+        if not isinstance(meta, dict) or not {*NEEDED} <= meta.keys():
+            raise ValueError(f"not a JSON object with {', '.join(NEEDED)}")
+        return meta
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read ({error}): take another checkpoint") from None
 
 
@@ -122,8 +130,10 @@ def choose(out_dir: str, step: str) -> int:
         if int(step) not in have:
             raise UserError(f"{out_dir} has no checkpoint of step {step}, only of {have}")
         return int(step)
-    metas = {number: read_meta(out_dir, number) for number in have}
-    if step == "latest" or (not step and metas[have[-1]]["config"]["always_save_checkpoint"]):
+    if step == "latest" or (
+        not step and read_meta(out_dir, have[-1])["config"]["always_save_checkpoint"]
+    ):
         return have[-1]
-    losses = {n: m["val_loss"] for n, m in metas.items() if m["val_loss"] is not None}
+    losses = {n: read_meta(out_dir, n)["val_loss"] for n in have}
+    losses = {n: loss for n, loss in losses.items() if loss is not None and math.isfinite(loss)}
     return min(losses, key=lambda n: losses[n]) if losses else have[-1]

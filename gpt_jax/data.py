@@ -65,10 +65,11 @@ def open_split(
         raise UserError(
             f"{path} is not there: `python -m gpt_jax.prepare {folder.name}` makes it"
         ) from None
-    except (OSError, ValueError):
+    except (OSError, ValueError) as error:
+        reason = str(error)
         if path.is_file() and size % width:  # pyright: ignore[reportPossiblyUnbound]
-            error = f"{size} bytes is not a whole number of {dtype} tokens: it is cut off"  # pyright: ignore
-        raise UserError(f"{path}: {error}") from None
+            reason = f"{size} bytes is not a whole number of {dtype} tokens: it is cut off"  # pyright: ignore
+        raise UserError(f"{path}: {reason}") from None
     if len(tokens) < block_size + 1:
         raise UserError(
             f"{path} has {len(tokens)} tokens, fewer than block_size + 1 = {block_size + 1}: "

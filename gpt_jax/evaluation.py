@@ -11,6 +11,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 from gpt_jax.data import Split, place
+from gpt_jax.errors import UserError
 from gpt_jax.model import GPT
 from gpt_jax.sharding import batch_sharding
 from gpt_jax.tokenizer import Tokenizer
@@ -53,7 +54,7 @@ def evaluate(
     """
     rows = min(batch_size, len(starts))
     rows += -rows % mesh.size
-    lengths = None if tokenizer is None else tokenizer.byte_lengths()
+    lengths = None if tokenizer is None else text_bytes(tokenizer)
     sums, n_bytes = [], 0
     for first in range(0, len(starts), rows):
         part = starts[first : first + rows]
@@ -68,3 +69,17 @@ def evaluate(
     nats, tokens = np.asarray(jax.device_get(sums), np.float64).sum(0)
     bits = nats / math.log(2) / n_bytes if n_bytes else None
     return Evaluation(nats / tokens, int(tokens), bits)
+
+
+def text_bytes(tokenizer: Tokenizer) -> np.ndarray | None:
+    """Return the bytes of text behind each id, int64 (n_tokens,); None if its files are not here.
+
+    An end of text is no text: it counts none.
+    """
+    try:
+        lengths = tokenizer.byte_lengths()
+    except UserError:
+        return None
+    if tokenizer.end_of_text is not None:
+        lengths[tokenizer.end_of_text] = 0
+    return lengths

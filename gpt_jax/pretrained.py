@@ -55,5 +55,6 @@ def product_dtype(dtype: str) -> str:
     device = jax.devices()[0]
     if device.platform == "cpu":
         return "float32"
-    old = device.platform == "gpu" and float(getattr(device, "compute_capability", 8)) < 8
+    capability = str(getattr(device, "compute_capability", "")).split(".")[0]  # AMD's: "gfx90a"
+    old = device.platform == "gpu" and capability.isdecimal() and int(capability) < 8
     return "float16" if old else "bfloat16"

@@ -186,7 +186,8 @@ def generate(
     single = len(tokens) == 0 or np.ndim(tokens[0]) == 0
     prompts = [tokens] if single else tokens
     if key.ndim == 0:
-        key = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(prompts)))
+        rows = jnp.arange(len(prompts))
+        key = key[None] if single else jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
     rule = Rule(temperature, top_k or 0, top_p, tuple(stop_tokens))
     state = start(model, params, prompts, key, max_new_tokens)
     state = decode(model, params, state, jnp.int32(max_new_tokens), rule)
@@ -199,7 +200,7 @@ def stream(
     model: GPT, params: Any, prompt: Sequence[int], *, key: Array, max_new_tokens: int, **rule: Any
 ) -> Iterator[list[int]]:
     """Yield the continuation of one prompt, a few ids at a time: generate's, for the same key."""
-    rule["stop_tokens"] = tuple(rule.get("stop_tokens", ()))
+    rule |= {"top_k": rule.get("top_k") or 0, "stop_tokens": tuple(rule.get("stop_tokens", ()))}
     state = start(model, params, [prompt], key[None], max_new_tokens)
     shown, end = len(prompt), len(prompt) + max_new_tokens
     while shown < end and not state.done[0]:

@@ -1,0 +1,349 @@
+"""Token files, and which windows of them a step reads."""
+
+import itertools
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from gpt_jax import data
+from gpt_jax.data import (
+    batch_starts,
+    batches,
+    evaluation_starts,
+    mix,
+    open_split,
+    permute,
+    place,
+    window_starts,
+)
+from gpt_jax.errors import UserError
+from gpt_jax.sharding import batch_sharding, make_mesh, state_sharding
+
+ONE = make_mesh("cpu:0")
+
+
+@pytest.fixture
+def split(tmp_path):
+    """A file of 1,003 different tokens, so that a token tells its place."""
+    np.arange(1003, dtype="<u2").tofile(tmp_path / "train.bin")
+    return open_split(tmp_path, "train", 1003, "uint16", 10)
+
+
+def epoch(n_tokens, block_size, seed, number):
+    n = max(1, (n_tokens - block_size) // block_size)
+    return window_starts(n_tokens, block_size, seed, np.arange(n) + number * n)
+
+
+def one_line(error):
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_mix_is_splitmix64():
+    with np.errstate(over="ignore"):
+        states = np.arange(1, 4, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    published = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
+    assert mix(states).tolist() == published
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 15, 16, 17, 63, 64, 65, 255, 256, 257, 1000, 4096])
+def test_permute_is_a_bijection_and_each_key_its_own(n):
+    orders = []
+    for key in range(3):
+        index = np.arange(n, dtype=np.uint64)
+        order = permute(index, n, mix(np.full_like(index, key + 1)))
+        assert sorted(order.tolist()) == list(range(n))
+        orders.append(tuple(order))
+    if n >= 15:
+        assert len({*orders, tuple(range(n))}) == 4
+
+
+def test_permute_sends_every_index_to_every_place_about_equally_often():
+    n, keys = 7, 7000
+    index = np.tile(np.arange(n, dtype=np.uint64), keys)
+    key = mix(np.repeat(np.arange(1, keys + 1, dtype=np.uint64), n))
+    counts = np.zeros((n, n))
+    np.add.at(counts, (index, permute(index, n, key)), 1)
+    assert ((counts - keys / n) ** 2 / (keys / n)).sum() < 100  # chi-square of 36 degrees
+
+
+@pytest.mark.parametrize("n_tokens", [11, 12, 19, 20, 21, 29, 30, 31, 100, 1003])
+def test_every_epoch_visits_each_window_once_and_none_overlap_but_by_one_token(n_tokens):
+    """T5: nanoGPT draws with replacement; here no token is a target twice in an epoch."""
+    for number in range(20):
+        starts = np.sort(epoch(n_tokens, 10, 1337, number))
+        assert len(starts) == max(1, (n_tokens - 10) // 10)
+        assert (np.diff(starts) == 10).all()  # so the last target is the next one's first input
+        assert starts[0] >= 0
+        assert starts[-1] + 10 + 1 <= n_tokens
+
+
+@pytest.mark.parametrize("block_size", [1, 2, 7, 10])
+def test_no_window_runs_past_the_file_however_short(block_size):
+    for n_tokens in range(block_size + 1, 5 * block_size + 3):
+        starts = window_starts(n_tokens, block_size, 5, np.arange(300))
+        assert starts.min() >= 0
+        assert starts.max() + block_size + 1 <= n_tokens
+
+
+def test_every_token_of_a_file_is_read_in_some_epoch():
+    seen = np.zeros(1003, bool)
+    for number in range(60):
+        for start in epoch(1003, 10, 1337, number):
+            seen[start : start + 11] = True
+    assert seen.all()
+
+
+def test_epochs_are_shifted_and_shuffled_differently():
+    shifts, orders = set(), set()
+    for number in range(40):
+        starts = epoch(1003, 10, 1337, number)
+        shifts.add(int(starts.min()))
+        orders.add(tuple(starts // 10))
+    assert shifts == set(range(10))
+    assert len(orders) == 40
+    assert not any((np.diff(order) == 1).all() for order in orders)
+
+
+def test_seeds_give_different_streams():
+    streams = {tuple(window_starts(1003, 10, seed, np.arange(50))) for seed in range(100)}
+    assert len(streams) == 100
+
+
+def test_any_step_is_read_from_its_place_in_the_stream(split):
+    """C10: what a resumed run reads follows from the step alone."""
+    stream = window_starts(1003, 10, 7, np.arange(6000))
+    for step in (0, 1, 16, 17, 499, 998):  # 99 windows an epoch: steps run across its end
+        expected = stream[step * 6 : step * 6 + 6].reshape(2, 3)
+        np.testing.assert_array_equal(batch_starts(split, (2, 3), 7, step), expected)
+
+
+def test_the_stream_is_the_one_that_older_runs_were_trained_on():
+    """A resumed run goes on with the data it would have had: changing these breaks old runs."""
+    starts = window_starts(1003, 10, 1337, np.array([0, 1, 2, 98, 99, 100, 10**12]))
+    assert starts.tolist() == GOLDEN
+
+
+GOLDEN = []
+
+
+def test_micro_batches_of_any_shape_read_the_same_samples(split):
+    """C10, C13: devices take accumulation steps or rows, and the update reads the same."""
+    for step in (0, 3, 50):
+        flat = batch_starts(split, (1, 24), 3, step).ravel()
+        for shape in ((24, 1), (2, 12), (12, 2), (3, 8), (8, 3)):
+            np.testing.assert_array_equal(batch_starts(split, shape, 3, step).ravel(), flat)
+
+
+def test_targets_are_the_tokens_shifted_by_one(split):
+    starts = batch_starts(split, (2, 4), 1337, 0)
+    tokens, targets = place(split, starts, batch_sharding(ONE, 3))
+    assert tokens.shape == targets.shape == (2, 4, 10)
+    assert tokens.dtype == targets.dtype == np.int32
+    np.testing.assert_array_equal(tokens, starts[..., None] + np.arange(10))
+    np.testing.assert_array_equal(targets, np.asarray(tokens) + 1)
+
+
+@pytest.mark.parametrize("first", [0, 1, 5, 40])
+def test_batches_read_ahead_are_those_placed_directly_from_any_step(split, first):
+    sharding = batch_sharding(ONE, 3)
+    stream = batches(split, (2, 3), 1337, first, sharding)
+    for step, (tokens, targets) in enumerate(itertools.islice(stream, 6), first):
+        x, y = place(split, batch_starts(split, (2, 3), 1337, step), sharding)
+        np.testing.assert_array_equal(tokens, x)
+        np.testing.assert_array_equal(targets, y)
+    stream.close()
+
+
+def test_rows_spread_over_eight_devices_are_the_rows_of_one(split):
+    """C12."""
+    starts = batch_starts(split, (2, 16), 1337, 4)
+    one = place(split, starts, batch_sharding(ONE, 3))
+    mesh = make_mesh()
+    eight = place(split, starts, batch_sharding(mesh, 3))
+    whole = place(split, starts, state_sharding(mesh))
+    for a, b, c in zip(one, eight, whole, strict=True):
+        assert {shard.data.shape for shard in b.addressable_shards} == {(2, 2, 10)}
+        np.testing.assert_array_equal(a, b)
+        np.testing.assert_array_equal(a, c)
+
+
+def test_each_device_reads_its_own_rows_alone(split, monkeypatch):
+    read = []
+    windows = data.Split.windows
+    monkeypatch.setattr(
+        data.Split, "windows", lambda *a: read.append(a[1].shape) or windows(*a)
+    )
+    place(split, batch_starts(split, (2, 16), 1337, 0), batch_sharding(make_mesh(), 3))
+    assert read == [(2, 2)] * 16  # 8 devices, tokens and targets
+
+
+def test_evaluation_windows_tile_the_split_in_order(split):
+    starts = evaluation_starts(split)
+    assert starts.tolist() == list(range(0, 1000, 10))
+    assert evaluation_starts(split, 100).tolist() == starts.tolist()
+    assert evaluation_starts(split, 10**9).tolist() == starts.tolist()
+
+
+@pytest.mark.parametrize("at_most", [1, 2, 3, 7, 50, 99])
+def test_fewer_evaluation_windows_spread_evenly_over_the_split(split, at_most):
+    """T13: nanoGPT draws anew at each evaluation; here they are the same every time."""
+    starts = evaluation_starts(split, at_most)
+    assert len(starts) == at_most
+    assert set(starts.tolist()) <= set(evaluation_starts(split).tolist())
+    steps = np.diff(np.append(starts, 1000)) // 10
+    assert set(steps.tolist()) <= {100 // at_most, math.ceil(100 / at_most)}
+
+
+@pytest.mark.parametrize(("n_tokens", "windows"), [(11, 1), (20, 1), (21, 2), (30, 2), (31, 3)])
+def test_evaluation_leaves_out_only_the_tail_that_fills_no_window(tmp_path, n_tokens, windows):
+    np.zeros(n_tokens, "<u2").tofile(tmp_path / "val.bin")
+    split = open_split(tmp_path, "val", 5, "uint16", 10)
+    assert evaluation_starts(split).tolist() == [10 * i for i in range(windows)]
+
+
+def test_evaluating_between_steps_leaves_the_training_stream_alone(split):
+    """Appendix A 14: in nanoGPT each evaluation moves the training stream on."""
+    sharding = batch_sharding(ONE, 3)
+
+    def read(evaluating):
+        stream, seen = batches(split, (2, 3), 1337, 0, sharding), []
+        for _ in range(5):
+            if evaluating:
+                place(split, evaluation_starts(split, 8), batch_sharding(ONE, 2))
+                np.random.default_rng(0).random()
+            seen.append(np.asarray(next(stream)[0]).tolist())
+        stream.close()
+        return seen
+
+    assert read(evaluating=True) == read(evaluating=False)
+
+
+def test_an_unknown_id_is_refused_at_open_with_file_offset_and_id(tmp_path):
+    """C20."""
+    tokens = np.zeros(100, "<u2")
+    tokens[[37, 60]] = 65, 66
+    tokens.tofile(tmp_path / "train.bin")
+    with pytest.raises(UserError) as error:
+        open_split(tmp_path, "train", 65, "uint16", 10)
+    message = one_line(error)
+    assert f"{tmp_path / 'train.bin'}: token 37 is 65, but vocab_size=65" in message
+    assert len(open_split(tmp_path, "train", 67, "uint16", 10).tokens) == 100
+
+
+@pytest.mark.parametrize("bad", [0, 37, 98, 99, 100])
+def test_an_unknown_id_in_a_file_too_large_to_scan_is_refused_when_read(tmp_path, monkeypatch, bad):
+    """C20: the ends of the file are the first token of a window and the last target of one."""
+    monkeypatch.setattr(data, "SCAN_AT_OPEN", 0)
+    tokens = np.zeros(101, "<u2")
+    tokens[bad] = 70
+    tokens.tofile(tmp_path / "val.bin")
+    split = open_split(tmp_path, "val", 65, "uint16", 10)
+    with pytest.raises(UserError) as error:
+        place(split, evaluation_starts(split), batch_sharding(ONE, 2))
+    assert f"{tmp_path / 'val.bin'}: token {bad} is 70, but vocab_size=65" in one_line(error)
+
+
+def test_an_unknown_id_read_ahead_is_refused_where_its_batch_is_asked_for(tmp_path, monkeypatch):
+    """C20."""
+    monkeypatch.setattr(data, "SCAN_AT_OPEN", 0)
+    tokens = np.zeros(101, "<u2")
+    good = open_split_of(tmp_path, tokens)
+    late = batch_starts(good, (1, 2), 1337, 3)[0, 0]
+    assert late not in batch_starts(good, (3, 2), 1337, 0)
+    tokens[late + 5] = 300
+    stream = batches(open_split_of(tmp_path, tokens), (1, 2), 1337, 0, batch_sharding(ONE, 3))
+    for _ in range(3):
+        next(stream)
+    with pytest.raises(UserError, match=f"token {late + 5} is 300"):
+        next(stream)
+
+
+def open_split_of(folder, tokens):
+    tokens.tofile(folder / "train.bin")
+    return open_split(folder, "train", 65, "uint16", 10)
+
+
+def test_a_missing_file_is_named_with_the_command_that_makes_it(tmp_path):
+    """C21."""
+    folder = tmp_path / "shakespeare_char"
+    with pytest.raises(UserError) as error:
+        open_split(folder, "val", 65, "uint16", 10)
+    message = one_line(error)
+    assert str(folder / "val.bin") in message
+    assert "python -m gpt_jax.prepare shakespeare_char" in message
+
+
+@pytest.mark.parametrize(
+    ("size", "dtype", "reason"),
+    [
+        (0, "uint16", "has 0 tokens, fewer than block_size + 1 = 11"),
+        (1, "uint16", "1 bytes is not a whole number of uint16 tokens"),
+        (23, "uint16", "23 bytes is not a whole number of uint16 tokens"),
+        (46, "uint32", "46 bytes is not a whole number of uint32 tokens"),
+        (20, "uint16", "has 10 tokens, fewer than block_size + 1 = 11"),
+        (40, "uint32", "has 10 tokens, fewer than block_size + 1 = 11"),
+    ],
+)
+def test_a_file_that_is_empty_cut_off_or_too_short_is_refused_by_name(
+    tmp_path, size, dtype, reason
+):
+    """C21."""
+    (tmp_path / "train.bin").write_bytes(bytes(size))
+    with pytest.raises(UserError) as error:
+        open_split(tmp_path, "train", 65, dtype, 10)
+    message = one_line(error)
+    assert message.startswith(str(tmp_path / "train.bin"))
+    assert reason in message
+
+
+def test_a_folder_in_a_files_place_is_refused_by_name(tmp_path):
+    """C21."""
+    (tmp_path / "train.bin").mkdir()
+    with pytest.raises(UserError) as error:
+        open_split(tmp_path, "train", 65, "uint16", 10)
+    assert one_line(error).startswith(str(tmp_path / "train.bin"))
+    (tmp_path / "file").write_bytes(bytes(100))
+    with pytest.raises(UserError) as error:
+        open_split(tmp_path / "file", "train", 65, "uint16", 10)
+    assert one_line(error).startswith(str(tmp_path / "file" / "train.bin"))
+
+
+def test_a_file_of_one_window_is_enough(tmp_path):
+    np.arange(11, dtype="<u2").tofile(tmp_path / "train.bin")
+    split = open_split(tmp_path, "train", 11, "uint16", 10)
+    tokens, targets = place(split, batch_starts(split, (1, 2), 1, 9), batch_sharding(ONE, 3))
+    assert np.asarray(tokens).tolist() == [[list(range(10))] * 2]
+    assert np.asarray(targets).tolist() == [[list(range(1, 11))] * 2]
+
+
+def test_uint32_files_hold_ids_beyond_uint16(tmp_path):
+    ids = np.arange(30) + 100_000
+    ids.astype("<u4").tofile(tmp_path / "train.bin")
+    split = open_split(tmp_path, "train", 100_030, "uint32", 10)
+    starts = evaluation_starts(split)
+    np.testing.assert_array_equal(split.windows(starts), ids[starts[:, None] + np.arange(10)])
+    with pytest.raises(UserError, match="token 29 is 100029, but vocab_size=100029"):
+        open_split(tmp_path, "train", 100_029, "uint32", 10)
+
+
+def test_files_are_little_endian_on_any_machine(tmp_path):
+    (tmp_path / "train.bin").write_bytes(b"\x01\x00\x00\x01")
+    assert open_split(tmp_path, "train", 257, "uint16", 1).tokens.tolist() == [1, 256]
+
+
+def test_a_file_is_mapped_and_not_read_into_memory(split):
+    assert isinstance(split.tokens, np.memmap)
+    assert not split.tokens.flags.writeable
+
+
+def test_batches_are_on_the_device_before_they_are_asked_for(split):
+    """Two are made ahead; each arrives as arrays of the sharding asked for."""
+    sharding = batch_sharding(make_mesh(), 3)
+    stream = batches(split, (1, 8), 1337, 0, sharding)
+    tokens, targets = next(stream)
+    assert isinstance(tokens, jax.Array)
+    assert tokens.sharding == targets.sharding == sharding
+    stream.close()
