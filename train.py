@@ -6,8 +6,12 @@ python train.py train_gpt2 --dataset=openwebtext
 """
 
 import sys
+import tempfile
+from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +19,7 @@ from jax.sharding import Mesh
 
 from gpt_jax import checkpoint, reporting
 from gpt_jax.commandline import compact, notes, save_config
-from gpt_jax.config import GPTConfig, TrainConfig, parse
+from gpt_jax.config import TrainConfig, parse
 from gpt_jax.data import batches, evaluation_starts, open_split
 from gpt_jax.errors import UserError, exit_code
 from gpt_jax.evaluation import Evaluation, evaluate, make_eval_step
@@ -24,7 +28,7 @@ from gpt_jax.model import GPT, count_params, crop_block_size
 from gpt_jax.optimizer import decay_groups, learning_rate, make_optimizer
 from gpt_jax.prepare import prepare_on_first_use
 from gpt_jax.prepare.dataset import for_dataset
-from gpt_jax.pretrained import load, product_dtype
+from gpt_jax.pretrained import load, model_config, product_dtype
 from gpt_jax.reporting.summary import summary
 from gpt_jax.sharding import (
     batch_sharding,
@@ -34,6 +38,7 @@ from gpt_jax.sharding import (
     use_platform,
 )
 from gpt_jax.signals import Stop
+from gpt_jax.tokenizer import Tokenizer
 from gpt_jax.train_step import TrainState, init_state, make_train_step
 
 
@@ -43,17 +48,15 @@ def main(argv: list[str]) -> None:
     # ---- 1. What is asked for -------------------------------------------------------------------
     config = parse(argv)
     print(compact(config), *notes(config), sep="\n")
+    resumed = latest_step(config)
+    meta = {"iter": 0, "best_val_loss": None}
+    if resumed is not None:
+        meta = checkpoint.read_meta(config.out_dir, resumed)
+        refuse_another_run(config, meta["config"])
+    if not config.eval_only:
+        make_writable(config.out_dir)
 
-    # ---- 2. Where it runs -----------------------------------------------------------------------
-    use_platform(config.device)
-    mesh = make_mesh(config.device)
-    dtype = product_dtype(config.dtype)
-    A, B = micro_batches(config, mesh)
-    tokens_per_iter = A * B * config.block_size
-    print(f"{mesh.size} x {mesh.devices.flat[0].device_kind}, {dtype} products")
-    print(f"tokens per iteration will be: {tokens_per_iter:,}")
-
-    # ---- 3. What it reads -----------------------------------------------------------------------
+    # ---- 2. What it reads -----------------------------------------------------------------------
     folder = Path(config.data_dir) / config.dataset
     prepare_on_first_use(config.dataset, folder)
     tokenizer, vocab_size, token_dtype = for_dataset(folder)
@@ -62,19 +65,25 @@ def main(argv: list[str]) -> None:
         for name in ("train", "val")
     }
 
+    # ---- 3. Where it runs -----------------------------------------------------------------------
+    use_platform(config.device)
+    mesh = make_mesh(config.device)
+    dtype = product_dtype(config.dtype)
+    A, B = micro_batches(config, mesh)
+    tokens_per_iter = A * B * config.block_size
+    print(f"{mesh.size} x {mesh.devices.flat[0].device_kind}, {dtype} products")
+    print(f"tokens per iteration will be: {tokens_per_iter:,}")
+
     # ---- 4. What it trains ----------------------------------------------------------------------
-    resumed = latest_step(config)
-    model_config = config.model_config(vocab_size, dtype, tokenizer.n_tokens)
-    meta = {"iter": 0, "best_val_loss": float("inf")}
     if resumed is not None:
-        meta = checkpoint.read_meta(config.out_dir, resumed)
-        refuse_another_model(config, model_config, meta["model"])
-        model, state = resume(config, model_config, resumed, mesh)
         print(f"resuming from {config.out_dir}, iteration {resumed}")
+        model, state = resume(config, resumed, meta, tokenizer, dtype, mesh)
     elif config.init_from in ("scratch", "auto"):
-        model, state = scratch(config, model_config, mesh)
+        model = GPT(config.model_config(vocab_size, dtype, tokenizer.n_tokens))
+        state = jax.jit(first_state(config, model), out_shardings=state_sharding(mesh))()
     else:
-        model, state = finetune(config, vocab_size, mesh)
+        model, state = finetune(config, tokenizer, dtype, mesh)
+    splits = {name: replace(s, vocab_size=model.config.vocab_size) for name, s in splits.items()}
     (decayed, n_decayed), (others, n_others) = decay_groups(state.params)
     print(f"number of parameters: {count_params(state.params) / 1e6:.2f}M")
     print(f"num decayed parameter tensors: {decayed}, with {n_decayed:,} parameters")
@@ -105,13 +114,9 @@ def main(argv: list[str]) -> None:
     save_config(config)
     flops = flops_per_token(model.config, count_params(state.params)) * tokens_per_iter
     peak = config.peak_flops or peak_flops(mesh.devices.flat[0])
+    peak = peak and peak * mesh.size
     report = reporting.Report(
-        config,
-        meta["iter"],
-        tokens_per_iter,
-        flops,
-        peak and peak * mesh.size,
-        meta.get("wandb_id"),
+        config, meta["iter"], tokens_per_iter, flops, peak, meta.get("wandb_id")
     )
     manager = checkpoint.open_checkpoints(config.out_dir, config.keep)
     best, saved = meta["best_val_loss"], resumed
@@ -134,8 +139,9 @@ def main(argv: list[str]) -> None:
         stream = batches(
             splits["train"], (A, B), config.seed, meta["iter"], batch_sharding(mesh, 3)
         )
-        for iteration in range(meta["iter"], config.max_iters + 1):
-            last = iteration == config.max_iters
+        end = max(config.max_iters, meta["iter"])  # a finished run is evaluated once more
+        for iteration in range(meta["iter"], end + 1):
+            last = iteration == end
             if iteration % config.eval_interval == 0 or last or stop.asked:
                 if pending:
                     report.step(*pending)
@@ -146,7 +152,8 @@ def main(argv: list[str]) -> None:
                 train, val = loss_of("train"), loss_of("val", last)
                 lr = learning_rate(config, iteration)
                 report.evaluation(iteration, train.loss, val.loss, lr)
-                improved, best = val.loss < best, min(val.loss, best)
+                improved = best is None or val.loss < best
+                best = val.loss if improved else best
                 if improved or config.always_save_checkpoint or last:
                     if iteration:
                         report.say(f"saving checkpoint to {config.out_dir}")
@@ -178,54 +185,75 @@ def latest_step(config: TrainConfig) -> int | None:
     return have[-1] if have else None
 
 
-def refuse_another_model(config: TrainConfig, wanted: GPTConfig, saved: dict) -> None:
-    """Raise UserError for the first size in which the checkpoint is not the model asked for."""
-    for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "bias", "activation"):
-        if getattr(wanted, name) != saved[name]:
+def refuse_another_run(config: TrainConfig, saved: dict[str, Any]) -> None:
+    """Raise UserError for the first thing in which the saved run is not the one asked for."""
+    names = ["n_layer", "n_head", "n_embd", "block_size", "bias", "activation"]
+    for name in names + ["dataset"] * (config.init_from == "auto"):
+        if getattr(config, name) != saved[name]:
             raise UserError(
-                f"{name}={getattr(wanted, name)}, but the checkpoint in {config.out_dir} has "
-                f"{name}={saved[name]}: give it that, or another --out_dir to start anew"
+                f"{name}={getattr(config, name)!r}, but the run in {config.out_dir} has {name}="
+                f"{saved[name]!r}: give it that, or another --out_dir to start anew"
             )
 
 
-def scratch(config: TrainConfig, model_config: GPTConfig, mesh: Mesh) -> tuple[GPT, TrainState]:
-    """Return a new model and its state, born where it will stay."""
-    model, new = fresh(config, model_config)
-    return model, jax.jit(new, out_shardings=state_sharding(mesh))()
+def refuse_another_tokenizer(source: str, its: dict[str, Any], tokenizer: Tokenizer) -> None:
+    """Raise UserError where a model's ids do not mean what the data set's ids mean."""
+    if its != tokenizer.to_json():
+        raise UserError(
+            f"{source} was trained with a {its['kind']} tokenizer unlike this data set's "
+            f"({tokenizer.spec['kind']}, {tokenizer.n_tokens} ids): take a --dataset made for it"
+        )
 
 
-def fresh(config: TrainConfig, model_config: GPTConfig):
-    """Return a model, and the function that makes its first state from the seed."""
-    model, tx = GPT(model_config), make_optimizer(config)
+def make_writable(out_dir: str) -> None:
+    """Make the run's folder; UserError now, not at the first checkpoint, if it cannot be."""
+    try:
+        Path(out_dir).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out_dir):
+            pass
+    except OSError as error:
+        raise UserError(f"out_dir={out_dir} cannot be written: {error}") from None
+
+
+def first_state(config: TrainConfig, model: GPT) -> Callable[[], TrainState]:
+    """Return the function that makes a model's first state from the seed."""
 
     def new() -> TrainState:
         init_key, dropout_key = jax.random.split(jax.random.key(config.seed))
         params = model.init(init_key, jnp.zeros((1, 1), jnp.int32))["params"]
-        return init_state(params, tx, dropout_key)
+        return init_state(params, make_optimizer(config), dropout_key)
 
-    return model, new
+    return new
 
 
 def resume(
-    config: TrainConfig, model_config: GPTConfig, step: int, mesh: Mesh
+    config: TrainConfig,
+    step: int,
+    meta: dict[str, Any],
+    tokenizer: Tokenizer,
+    dtype: str,
+    mesh: Mesh,
 ) -> tuple[GPT, TrainState]:
     """Return the model and the state of a checkpoint, restored to where it will stay."""
-    model, new = fresh(config, model_config)
-    shapes = jax.eval_shape(new)
+    refuse_another_tokenizer(config.out_dir, meta["tokenizer"], tokenizer)
+    model = GPT(config.continued(model_config(meta, dtype, tokenizer)))
+    shapes = jax.eval_shape(first_state(config, model))
     return model, checkpoint.restore(config.out_dir, step, shapes, state_sharding(mesh))
 
 
-def finetune(config: TrainConfig, vocab_size: int, mesh: Mesh) -> tuple[GPT, TrainState]:
-    """Return a pretrained model and its state before the first update."""
-    model, params, _ = load(config.init_from, dtype=config.dtype, sharding=state_sharding(mesh))
+def finetune(
+    config: TrainConfig, tokenizer: Tokenizer, dtype: str, mesh: Mesh
+) -> tuple[GPT, TrainState]:
+    """Return a pretrained model, its context cropped to block_size, and a first state with it."""
+    sharding = state_sharding(mesh)
+    model, params, its = load(config.init_from, dtype=dtype, sharding=sharding)
+    refuse_another_tokenizer(config.init_from, its.to_json(), tokenizer)
     params = crop_block_size(params, config.block_size)
-    model = GPT(config.finetuned(model.config))
     key = jax.random.split(jax.random.key(config.seed))[1]
-    new = jax.jit(
-        lambda params: init_state(params, make_optimizer(config), key),
-        out_shardings=state_sharding(mesh),
+    state = jax.jit(
+        lambda params: init_state(params, make_optimizer(config), key), out_shardings=sharding
     )
-    return model, new(params)
+    return GPT(config.continued(model.config)), state(params)
 
 
 if __name__ == "__main__":

@@ -141,8 +141,8 @@ class TrainConfig(Checked):
         values = {name: getattr(self, name) for name in shared}
         return GPTConfig(**values, vocab_size=vocab_size, dtype=dtype, n_tokens=n_tokens)
 
-    def finetuned(self, model: GPTConfig) -> GPTConfig:
-        """Return a pretrained network's config, as this run goes on training it."""
+    def continued(self, model: GPTConfig) -> GPTConfig:
+        """Return a trained network's config, as this run goes on training it."""
         ours = ("block_size", "dropout", "attention", "remat", "scan_layers")
         return replace(model, **{name: getattr(self, name) for name in ours})
 

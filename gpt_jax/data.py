@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -60,7 +61,7 @@ def open_split(
     path, width = folder / f"{name}.bin", np.dtype(dtype).itemsize
     try:
         size = path.stat().st_size
-        tokens = np.memmap(path, dtype=np.dtype(dtype).newbyteorder("<"), mode="r") if size else []
+        tokens: Any = np.memmap(path, np.dtype(dtype).newbyteorder("<"), "r") if size else []
     except FileNotFoundError:
         raise UserError(
             f"{path} is not there: `python -m gpt_jax.prepare {folder.name}` makes it"
@@ -75,9 +76,9 @@ def open_split(
             f"{path} has {len(tokens)} tokens, fewer than block_size + 1 = {block_size + 1}: "
             "give it more text or lower --block_size"
         )
-    split = Split(path, tokens, vocab_size, block_size)  # pyright: ignore[reportArgumentType]
-    if len(tokens) <= SCAN_AT_OPEN and np.max(tokens) >= vocab_size:
-        first = int(np.argmax(np.greater_equal(tokens, vocab_size)))
+    split = Split(path, tokens, vocab_size, block_size)
+    if len(tokens) <= SCAN_AT_OPEN and int(np.max(tokens)) >= vocab_size:
+        first = int(np.argmax(tokens >= vocab_size))
         split.refuse(np.array([first]), np.asarray(tokens[first : first + 1])[None], 0)
     return split
 
@@ -117,7 +118,7 @@ def window_starts(n_tokens: int, block_size: int, seed: int, samples: np.ndarray
     n = max(1, (n_tokens - block_size) // block_size)
     epoch, index = np.divmod(samples.astype(np.uint64), np.uint64(n))
     key = mix(mix(np.full_like(epoch, seed)) + epoch)
-    offset = mix(key) % np.uint64(min(block_size, n_tokens - n * block_size))
+    offset = mix(key) % np.uint64(n_tokens - n * block_size)  # so that the tail is read too
     return (permute(index, n, key) * np.uint64(block_size) + offset).astype(np.int64)
 
 

@@ -11,7 +11,7 @@ class UserError(ValueError):
 
 
 def exit_code(main: Callable[[list[str]], None]) -> Callable[[], int]:
-    """Wrap a command: 0 done, 2 wrong input (one line, no traceback), 1 anything else."""
+    """Wrap a command: 0 done, 2 wrong input (said in one line), 130 interrupted, 1 the rest."""
 
     @functools.wraps(main)
     def command() -> int:
@@ -20,6 +20,9 @@ def exit_code(main: Callable[[list[str]], None]) -> Callable[[], int]:
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return 130
         except BrokenPipeError:  # `python sample.py | head`: the reader has had enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

@@ -77,7 +77,7 @@ def make_train_step(
         zeros = (jnp.float32(0), jax.tree.map(jnp.zeros_like, state.params))
         (loss, grads), _ = jax.lax.scan(micro_step, zeros, (jnp.arange(A), tokens, targets))
         grads = jax.tree.map(lambda g: g / (A * scale), grads)
-        grad_norm = optax.global_norm(grads)
+        grad_norm = optax.tree.norm(grads)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         new = state.replace(params=params, opt_state=opt_state)  # pyright: ignore

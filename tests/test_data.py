@@ -61,12 +61,13 @@ def test_permute_is_a_bijection_and_each_key_its_own(n):
 
 
 def test_permute_sends_every_index_to_every_place_about_equally_often():
-    n, keys = 7, 7000
+    n, keys = 100, 7000
     index = np.tile(np.arange(n, dtype=np.uint64), keys)
     key = mix(np.repeat(np.arange(1, keys + 1, dtype=np.uint64), n))
     counts = np.zeros((n, n))
     np.add.at(counts, (index, permute(index, n, key)), 1)
-    assert ((counts - keys / n) ** 2 / (keys / n)).sum() < 100  # chi-square of 36 degrees
+    chi_square = ((counts - keys / n) ** 2 / (keys / n)).sum()
+    assert chi_square / (n - 1) ** 2 < 1.2  # 1 if it were chance
 
 
 @pytest.mark.parametrize("n_tokens", [11, 12, 19, 20, 21, 29, 30, 31, 100, 1003])
@@ -101,8 +102,8 @@ def test_epochs_are_shifted_and_shuffled_differently():
     for number in range(40):
         starts = epoch(1003, 10, 1337, number)
         shifts.add(int(starts.min()))
-        orders.add(tuple(starts // 10))
-    assert shifts == set(range(10))
+        orders.add(tuple((starts - starts.min()) // 10))
+    assert shifts == set(range(13))  # 99 windows of 10 leave 12 of the 1,003 tokens, and a target
     assert len(orders) == 40
     assert not any((np.diff(order) == 1).all() for order in orders)
 
@@ -123,10 +124,7 @@ def test_any_step_is_read_from_its_place_in_the_stream(split):
 def test_the_stream_is_the_one_that_older_runs_were_trained_on():
     """A resumed run goes on with the data it would have had: changing these breaks old runs."""
     starts = window_starts(1003, 10, 1337, np.array([0, 1, 2, 98, 99, 100, 10**12]))
-    assert starts.tolist() == GOLDEN
-
-
-GOLDEN = []
+    assert starts.tolist() == [569, 839, 59, 19, 681, 581, 361]
 
 
 def test_micro_batches_of_any_shape_read_the_same_samples(split):
@@ -173,9 +171,7 @@ def test_rows_spread_over_eight_devices_are_the_rows_of_one(split):
 def test_each_device_reads_its_own_rows_alone(split, monkeypatch):
     read = []
     windows = data.Split.windows
-    monkeypatch.setattr(
-        data.Split, "windows", lambda *a: read.append(a[1].shape) or windows(*a)
-    )
+    monkeypatch.setattr(data.Split, "windows", lambda *a: read.append(a[1].shape) or windows(*a))
     place(split, batch_starts(split, (2, 16), 1337, 0), batch_sharding(make_mesh(), 3))
     assert read == [(2, 2)] * 16  # 8 devices, tokens and targets
 

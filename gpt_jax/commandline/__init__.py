@@ -114,10 +114,6 @@ def compact(config: Checked) -> str:
 
 
 def save_config(config: TrainConfig) -> None:
-    """Write the resolved config to OUT_DIR/config.json; UserError if the folder cannot be."""
+    """Write the resolved config to OUT_DIR/config.json."""
     path = Path(config.out_dir) / "config.json"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(vars(config), indent=1) + "\n", "utf-8")
-    except OSError as error:
-        raise UserError(f"out_dir={config.out_dir} cannot be written: {error}") from None
+    path.write_text(json.dumps(vars(config), indent=1) + "\n", "utf-8")

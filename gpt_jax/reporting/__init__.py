@@ -58,9 +58,9 @@ class Report:
         self.say(f"step {iteration}: train loss {train_loss:.4f}, val loss {val_loss:.4f}")
         self.write({"iter": iteration, "train_loss": train_loss, "val_loss": val_loss})
         if self.wandb:
-            self.wandb.log(
-                {"iter": iteration, "train/loss": train_loss, "val/loss": val_loss, "lr": lr}
-            )
+            mfu = self.flops / self.tokens_per_iter * self.speed / self.peak if self.peak else 0
+            self.wandb.log({"iter": iteration, "train/loss": train_loss, "val/loss": val_loss,
+                            "lr": lr, "mfu": 100 * mfu})  # fmt: skip
 
     def say(self, line: str) -> None:
         """Print a line, over the progress line if there is one."""
