@@ -36,7 +36,12 @@ def make_eval_step(model: GPT) -> Callable[[Any, Array, Array], tuple[Array, Arr
 
     tokens and targets are int32 (B, T); a target of -1 is left out. No dropout.
     """
-    return jax.jit(lambda params, x, y: model.apply({"params": params}, x, y, method="total_loss"))
+
+    @jax.jit
+    def eval_step(params: Any, tokens: Array, targets: Array) -> tuple[Array, Array]:
+        return model.apply({"params": params}, tokens, targets, method="total_loss")
+
+    return eval_step
 
 
 def evaluate(

@@ -119,7 +119,7 @@ class Embedding(nn.Module):
         self.weight = self.param("weight", nn.initializers.normal(0.02), shape)
 
     def __call__(self, ids: Array) -> Array:
-        return self.weight[ids]
+        return jnp.asarray(self.weight)[ids]  # numpy cannot be indexed by a traced array
 
 
 class CausalSelfAttention(nn.Module):

@@ -51,10 +51,9 @@ def test_every_sharing_keeps_the_global_batch_and_divides_evenly_or_is_refused()
                 try:
                     A, B = shared(steps, rows, devices)
                 except UserError:
-                    # only where the whole batch cannot be shared with whole micro-batches
-                    assert (steps * rows) % devices or devices % steps
+                    assert (steps * rows) % devices  # no sharing would do
                 else:
-                    assert A * B == steps * rows
+                    assert steps * rows == A * B
                     assert B % devices == 0
                     assert steps % A == 0
 

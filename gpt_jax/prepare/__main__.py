@@ -27,6 +27,14 @@ HELP = "\n".join(
     ]
 )
 
+# the sets that a preset is made for; another gets the quickstart's model and a folder of its own
+TRAINED_BY = {
+    "pystdlib": "",
+    "shakespeare_char": " train_shakespeare_char",
+    "shakespeare": " finetune_shakespeare",
+    "openwebtext": " train_gpt2",
+}
+
 
 def _near(word: str, known: dict[str, str], prefix: str = "") -> str:
     near = difflib.get_close_matches(word, known, 1)
@@ -66,7 +74,9 @@ def main(argv: list[str]) -> None:
     input = Path(values["input"]) if "input" in values else None
     prepare(name, Path(data_dir, dataset), input=input, tokenizer=values.get("tokenizer"))
     where = "" if data_dir == "data" else f" --data_dir={shlex.quote(data_dir)}"
-    print(f"next: python train.py --dataset={shlex.quote(dataset)}{where}")
+    quoted = shlex.quote(dataset)
+    what = TRAINED_BY.get(dataset, f" --dataset={quoted} --out_dir=out-{quoted}")
+    print(f"next: python train.py{what}{where}")
 
 
 if __name__ == "__main__":
