@@ -27,17 +27,31 @@ def open_checkpoints(out_dir: str, keep: int) -> ocp.CheckpointManager:
     Only one process may hold it: it clears away what an interrupted save has left.
     """
     policies = ocp.checkpoint_managers
+
+    def loss(metrics: dict[str, float]) -> float:
+        return metrics["val_loss"]
+
     best = policies.BestN(
-        get_metric_fn=lambda metrics: metrics["val_loss"],
-        reverse=True,
-        n=1,
-        keep_checkpoints_without_metrics=False,
+        get_metric_fn=loss, reverse=True, n=1, keep_checkpoints_without_metrics=False
     )
     options = ocp.CheckpointManagerOptions(
+        best_fn=loss,  # or the losses would not be stored, and a resumed run drop its best
+        best_mode="min",
         preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
         cleanup_tmp_directories=True,
     )
-    return ocp.CheckpointManager(folder(out_dir), options=options)
+    handlers = {"params": arrays(), "optimizer": arrays(), "meta": ocp.JsonCheckpointHandler()}
+    return ocp.CheckpointManager(folder(out_dir), options=options, item_handlers=handlers)
+
+
+def arrays() -> ocp.PyTreeCheckpointHandler:
+    """Return a handler that does not note down which devices held an array.
+
+    With the note, Orbax alone restores a checkpoint only where there are the same devices.
+    """
+    handler = ocp.type_handlers.ArrayHandler(enable_write_sharding_file=False)
+    registry = ocp.type_handlers.create_type_handler_registry((jax.Array, handler))
+    return ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
 
 
 def save(
@@ -48,13 +62,13 @@ def save(
     The best checkpoint is the one of the lowest ``val_loss``, where one is given.
     """
     items = ocp.args.Composite(
-        params=ocp.args.StandardSave(state.params),
-        optimizer=ocp.args.StandardSave(without_params(state)),
+        params=ocp.args.PyTreeSave(state.params),
+        optimizer=ocp.args.PyTreeSave(without_params(state)),
         meta=ocp.args.JsonSave(meta),
     )
     # nan, of a run that diverged, would rank as the best and push out the real one
-    finite = val_loss is not None and math.isfinite(val_loss)
-    manager.save(meta["iter"], args=items, metrics={"val_loss": val_loss} if finite else None)
+    rank = val_loss if val_loss is not None and math.isfinite(val_loss) else math.inf
+    manager.save(meta["iter"], args=items, metrics={"val_loss": rank})
 
 
 def restore(out_dir: str, step: int, state: Any, sharding: Sharding) -> TrainState:

@@ -11,13 +11,13 @@ from gpt_jax import GPT, GPTConfig
 from gpt_jax.data import evaluation_starts, open_split
 from gpt_jax.errors import UserError
 from gpt_jax.evaluation import Evaluation, evaluate, make_eval_step
-from gpt_jax.sharding import make_mesh, state_sharding
+from gpt_jax.sharding import batch_sharding, make_mesh, state_sharding
 from gpt_jax.tokenizer import byte_tokenizer, char_tokenizer
 
 SYMBOLS = "\n aé€🙂"  # 1, 1, 1, 2, 3 and 4 bytes
 T = 8
 MODEL = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=T, vocab_size=len(SYMBOLS)))
-EVAL_STEP = make_eval_step(MODEL)
+EVAL_STEP, FORWARD = make_eval_step(MODEL), jax.jit(MODEL.apply)
 ONE, EIGHT = make_mesh("cpu:0"), make_mesh()
 
 
@@ -46,17 +46,17 @@ def run(params, split, starts, batch_size, mesh=ONE, tokenizer=None):
 @pytest.fixture(scope="module")
 def naive(params, split):
     """Each window's summed loss, one at a time, from the logits, in float64."""
-    losses, forward = [], jax.jit(MODEL.apply)
+    losses = []
     for start in range(0, len(split.tokens) - T, T):
         x = np.asarray(split.tokens[start : start + T], np.int32)
-        logits = np.asarray(forward({"params": params}, x[None])[0], np.float64)
+        logits = np.asarray(FORWARD({"params": params}, x[None])[0], np.float64)
         logs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
         losses.append(-logs[np.arange(T), split.tokens[start + 1 : start + T + 1]].sum())
     return np.array(losses)
 
 
 def test_the_loss_is_the_mean_over_windows_taken_one_by_one(params, split, naive):
-    result = run(params, split, evaluation_starts(split), 7)
+    result = run(params, split, evaluation_starts(split), 4)
     assert result.loss == pytest.approx(naive.sum() / naive.size / T, rel=1e-6)
     assert naive.std() > 1  # the windows do differ
 
@@ -66,7 +66,7 @@ def test_a_whole_split_counts_every_target_but_the_tails(params, split):
     assert result.tokens == 21 * T == (len(split.tokens) - 1) // T * T
 
 
-@pytest.mark.parametrize("batch_size", [1, 4, 20, 21, 1000])
+@pytest.mark.parametrize("batch_size", [1, 4, 20, 1000])
 def test_the_loss_does_not_depend_on_the_batch_size(params, split, naive, batch_size):
     """With 4 and 20 the last batch is partly filled: what fills it up does not count."""
     result = run(params, split, evaluation_starts(split), batch_size)
@@ -74,9 +74,9 @@ def test_the_loss_does_not_depend_on_the_batch_size(params, split, naive, batch_
     assert result.tokens == 21 * T
 
 
-@pytest.mark.parametrize("batch_size", [8, 12])
+@pytest.mark.parametrize("batch_size", [5, 12])
 def test_eight_devices_give_the_loss_of_one(params, split, naive, batch_size):
-    """C12: with 12 the rows are rounded up to 16, two a device."""
+    """C12: rows are rounded up, to 8 and 16, and the last batch is partly filled."""
     result = run(params, split, evaluation_starts(split), batch_size, EIGHT)
     assert result.loss == pytest.approx(naive.mean() / T, rel=1e-6)
     assert result.tokens == 21 * T
@@ -108,7 +108,7 @@ def test_a_byte_is_a_byte_and_an_end_of_text_is_none(params, split, naive):
     """Id 0 of the byte tokenizer ends a document: it is predicted, but is no text."""
     n_bytes = (split.tokens[1 : 21 * T + 1] != 0).sum()
     assert 0 < n_bytes < 21 * T
-    result = run(params, split, evaluation_starts(split), 8, tokenizer=byte_tokenizer())
+    result = run(params, split, evaluation_starts(split), 4, tokenizer=byte_tokenizer())
     assert result.bits_per_byte == pytest.approx(naive.sum() / math.log(2) / n_bytes, rel=1e-6)
     assert result.loss == pytest.approx(naive.mean() / T, rel=1e-6)
 
@@ -127,7 +127,7 @@ def test_a_tokenizer_whose_files_are_absent_leaves_bits_per_byte_out(params, spl
 
 def test_a_uniform_model_has_the_vocabulary_as_its_perplexity(params, split):
     zero = jax.tree.map(jnp.zeros_like, params)
-    result = run(zero, split, evaluation_starts(split), 8)
+    result = run(zero, split, evaluation_starts(split), 4)
     assert result.loss == pytest.approx(math.log(len(SYMBOLS)), rel=1e-6)
     assert result.perplexity == pytest.approx(len(SYMBOLS), rel=1e-6)
 
@@ -138,10 +138,11 @@ def test_the_perplexity_of_a_diverged_model_is_a_number():
 
 def test_targets_of_minus_one_are_not_counted(params):
     """M13."""
-    x = np.zeros((2, T), np.int32)
-    y = np.full((2, T), -1, np.int32)
+    x = np.zeros((4, T), np.int32)
+    y = np.full((4, T), -1, np.int32)
     y[0, 3] = 2
-    nats, count = EVAL_STEP(params, x, y)
-    logits = np.asarray(jax.jit(MODEL.apply)({"params": params}, x)[0, 3], np.float64)
+    x, y = jax.device_put((x, y), batch_sharding(ONE, 2))
+    nats, count = EVAL_STEP(jax.device_put(params, state_sharding(ONE)), x, y)
+    logits = np.asarray(FORWARD({"params": params}, np.zeros((1, T), np.int32))[0, 3], np.float64)
     assert count == 1
     assert float(nats) == pytest.approx(np.log(np.exp(logits).sum()) - logits[2], rel=1e-5)

@@ -110,7 +110,7 @@ def test_parameters_are_float32_whatever_the_products_are():
 
 
 def test_weights_start_as_nanogpts_do():  # M2, M11
-    config = GPTConfig(block_size=64, vocab_size=512, n_layer=8, n_head=2, n_embd=64, bias=True)
+    config = replace(SMALL, block_size=64, vocab_size=512, n_layer=8, n_embd=64)
     init = jax.jit(lambda key: GPT(config).init(key, jnp.zeros((1, 1), jnp.int32)))
     leaves = flatten_dict(jax.tree.map(np.asarray, init(KEY)["params"]), sep="/")
     for name, x in leaves.items():
@@ -244,7 +244,8 @@ def test_the_activation_is_the_one_configured(activation, approximate):
 def test_gelu_keeps_half_precision():
     for dtype in (jnp.bfloat16, jnp.float16):
         for approximate in (True, False):
-            assert gelu(jnp.ones(3, dtype), approximate).dtype == dtype
+            y = jax.eval_shape(lambda x, a=approximate: gelu(x, a), jnp.ones(3, dtype))
+            assert y.dtype == dtype
 
 
 def test_a_cropped_model_agrees_on_what_still_fits():  # M14
@@ -378,15 +379,10 @@ def unrolled():
     return loss_and_gradients({})
 
 
-# without dropout test_parity.py holds every combination equal to nanoGPT
+# without dropout test_parity.py holds rolled layers, and both kinds of remat, equal to nanoGPT
 @pytest.mark.parametrize(
     "layout",
-    [
-        {"scan_layers": True},
-        {"remat": "dots"},
-        {"remat": "full"},
-        {"scan_layers": True, "remat": "full"},
-    ],
+    [{"scan_layers": True, "remat": "dots"}, {"scan_layers": True, "remat": "full"}],
     ids=str,
 )
 def test_neither_rolling_nor_rematerialising_changes_what_drops(unrolled, layout):

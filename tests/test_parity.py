@@ -24,15 +24,10 @@ from gpt_jax.train_step import init_state, make_train_step
 
 REFERENCE = Path(__file__).parent / "reference"
 FIXTURES = ["bias", "nobias"]
-LAYOUTS = [
-    {"scan_layers": rolled, "remat": remat}
-    for rolled in (False, True)
-    for remat in ("none", "dots", "full")
-]
 EVERY_FIXTURE = pytest.mark.parametrize("name", FIXTURES)
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True, scope="module")
 def compiled_in_haste():
     jax.config.update("jax_disable_most_optimizations", True)  # half the time, the same sums
     yield
@@ -54,7 +49,7 @@ def under(name, prefix):
     return {k.removeprefix(prefix): x for k, x in fixture(name).items() if k.startswith(prefix)}
 
 
-def model_and_params(name, layout):
+def model_and_params(name, **layout):
     config = replace(settings(name, GPTConfig), **layout)
     return GPT(config), from_state_dict(under(name, "param/"), config)
 
@@ -66,19 +61,25 @@ def relative(ours, theirs):
 
 @EVERY_FIXTURE
 def test_logits_are_nanogpts(name):  # C1; M2-M5, M7-M10
-    model, params = model_and_params(name, LAYOUTS[0])
+    model, params = model_and_params(name)
     logits = jax.jit(model.apply)({"params": params}, fixture(name)["tokens"][0, 0])
     assert np.abs(logits - fixture(name)["logits"]).max() <= 1e-5
 
 
-@pytest.mark.usefixtures("compiled_in_haste")
+# test_model.py holds layers rolled and rematerialised at once equal to these
 @pytest.mark.parametrize(
     ("name", "layout"),
-    [("nobias", LAYOUTS[0]), *(("bias", layout) for layout in LAYOUTS)],
-    ids=lambda x: x if isinstance(x, str) else "-".join(f"{k}={v}" for k, v in x.items()),
+    [
+        ("nobias", {}),
+        ("bias", {}),
+        ("bias", {"scan_layers": True}),
+        ("bias", {"remat": "dots"}),
+        ("bias", {"remat": "full"}),
+    ],
+    ids=str,
 )
 def test_loss_and_every_gradient_are_nanogpts(name, layout):  # C2; M6-M8, M13
-    model, params = model_and_params(name, layout)
+    model, params = model_and_params(name, **layout)
     tokens, targets = fixture(name)["tokens"][0, 0], fixture(name)["targets"][0, 0]
 
     def loss(params):
@@ -92,37 +93,24 @@ def test_loss_and_every_gradient_are_nanogpts(name, layout):  # C2; M6-M8, M13
     assert {key: x for key, x in far.items() if not x <= 1e-5} == {}
 
 
-def train(name, layout):
-    model, params = model_and_params(name, layout)
+@EVERY_FIXTURE
+def test_twenty_updates_are_nanogpts(name):  # C3; M17, T14, T20
+    model, params = model_and_params(name)
+    theirs = fixture(name)
     tx = make_optimizer(settings(name, TrainConfig))
     step = make_train_step(model, tx)
     state = init_state(jax.tree.map(jnp.asarray, params), tx)
-    history = []
-    for batch in zip(fixture(name)["tokens"], fixture(name)["targets"], strict=True):
-        state, metrics = step(state, *batch)
-        history.append(metrics)
-    return state, {key: np.array([x[key] for x in history]) for key in ("loss", "grad_norm")}
-
-
-def check_trajectory(name, layout):
-    state, ours = train(name, layout)
-    assert ours["loss"].shape == (20,)
-    theirs = fixture(name)
-    np.testing.assert_allclose(ours["loss"], theirs["train/losses"], rtol=1e-5, atol=0)
-    np.testing.assert_allclose(ours["grad_norm"], theirs["train/grad_norms"], rtol=1e-5, atol=0)
-    params = to_state_dict(state.params)
-    far = {key: np.abs(params[key] - x).max() for key, x in under(name, "final/").items()}
+    losses, norms = [], []
+    for tokens, targets in zip(theirs["tokens"], theirs["targets"], strict=True):
+        state, metrics = step(state, tokens, targets)
+        losses.append(metrics["loss"])
+        norms.append(metrics["grad_norm"])
+    assert len(losses) == 20
+    np.testing.assert_allclose(np.array(losses), theirs["train/losses"], rtol=1e-5, atol=0)
+    np.testing.assert_allclose(np.array(norms), theirs["train/grad_norms"], rtol=1e-5, atol=0)
+    ours = to_state_dict(state.params)
+    far = {key: np.abs(ours[key] - x).max() for key, x in under(name, "final/").items()}
     assert {key: x for key, x in far.items() if not x <= 2e-5} == {}
-
-
-@EVERY_FIXTURE
-def test_twenty_updates_are_nanogpts(name):  # C3; M17, T14, T20
-    check_trajectory(name, LAYOUTS[0])
-
-
-@pytest.mark.usefixtures("compiled_in_haste")
-def test_twenty_updates_of_rolled_layers_are_nanogpts():  # C3
-    check_trajectory("bias", {"scan_layers": True, "remat": "none"})
 
 
 @EVERY_FIXTURE
@@ -135,7 +123,7 @@ def test_learning_rates_are_nanogpts(name):  # T14
 @EVERY_FIXTURE
 def test_a_state_dict_survives_the_way_there_and_back(name):
     arrays = under(name, "param/")
-    back = to_state_dict(model_and_params(name, {})[1])
+    back = to_state_dict(model_and_params(name)[1])
     tied = arrays["transformer.wte.weight"]
     assert list(back) == [*arrays, "lm_head.weight"]  # nanoGPT's order too
     for key, x in {**arrays, "lm_head.weight": tied}.items():
@@ -146,7 +134,7 @@ def test_a_state_dict_survives_the_way_there_and_back(name):
 
 @EVERY_FIXTURE
 def test_parameters_survive_the_way_there_and_back(name):
-    model, params = model_and_params(name, {})
+    model, params = model_and_params(name)
     again = from_state_dict(to_state_dict(params), model.config)
     assert jax.tree.structure(again) == jax.tree.structure(params)
     assert jax.tree.all(jax.tree.map(np.array_equal, again, params))
@@ -160,7 +148,7 @@ def test_a_state_dict_keeps_its_dtype():
 
 @EVERY_FIXTURE
 def test_the_imported_tree_is_the_one_the_model_makes(name):
-    model, params = model_and_params(name, {})
+    model, params = model_and_params(name)
     made = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
     assert jax.tree.map(lambda x: x.shape, params) == jax.tree.map(lambda x: x.shape, made)
 
@@ -172,7 +160,7 @@ def test_names_are_as_many_as_nanogpts():
 
 
 def test_torch_compiles_prefix_is_taken_off():  # T8, S1
-    _, params = model_and_params("bias", {})
+    _, params = model_and_params("bias")
     arrays = {f"_orig_mod.{key}": x for key, x in to_state_dict(params).items()}
     again = from_state_dict(arrays, settings("bias", GPTConfig))
     assert jax.tree.all(jax.tree.map(np.array_equal, again, params))
@@ -218,7 +206,7 @@ def test_another_shape_is_named_with_both_shapes(key, shape):
 
 
 def test_an_untied_lm_head_is_refused():  # M10
-    arrays = to_state_dict(model_and_params("bias", {})[1])
+    arrays = to_state_dict(model_and_params("bias")[1])
     arrays["lm_head.weight"] = arrays["lm_head.weight"] + 1
     with pytest.raises(UserError, match=r"'lm_head\.weight' differs.*must be tied"):
         from_state_dict(arrays, settings("bias", GPTConfig))

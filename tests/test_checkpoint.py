@@ -1,0 +1,308 @@
+"""What is saved comes back bit for bit, and nothing that was good is lost."""
+
+import functools
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from gpt_jax import GPT, checkpoint
+from gpt_jax.config import TrainConfig
+from gpt_jax.errors import UserError
+from gpt_jax.optimizer import make_optimizer
+from gpt_jax.sharding import make_mesh, state_sharding
+from gpt_jax.tokenizer import char_tokenizer
+from gpt_jax.train_step import TrainState, init_state, make_train_step
+
+CONFIG = TrainConfig(n_layer=1, n_head=2, n_embd=16, block_size=8, bias=True, device="cpu")
+MODEL = GPT(CONFIG.model_config(20, "float32"))
+TX = make_optimizer(CONFIG)
+ONE, EIGHT = make_mesh("cpu:0"), make_mesh()
+META = {
+    "iter": 1,
+    "best_val_loss": 1.5,
+    "val_loss": None,
+    "config": vars(CONFIG),
+    "model": vars(MODEL.config),
+    "tokenizer": char_tokenizer("abc").to_json(),
+}
+
+
+@functools.cache
+def shapes():
+    def new():
+        params = MODEL.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+        return init_state(params, TX)
+
+    return jax.eval_shape(new)
+
+
+def real_state(mesh, seed=0):
+    """A TrainState as of a run under way: nothing in it is zero or as it was at the start."""
+    random = np.random.default_rng(seed)
+
+    def leaf(x):
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            return jax.random.key(seed + 7)
+        if jnp.issubdtype(x.dtype, jnp.integer):
+            return np.asarray(random.integers(5, 1000), x.dtype)
+        return random.uniform(0.01, 0.1, x.shape).astype(x.dtype)
+
+    state = jax.tree.map(leaf, shapes()).replace(loss_scale=np.float32(4096))
+    return jax.device_put(state, state_sharding(mesh))
+
+
+def small_state(number=0):
+    zero = jnp.zeros(())
+    return TrainState({"a": jnp.full(3, number)}, (), zero, jax.random.key(0), zero, zero)
+
+
+def plain(state):
+    """A copy in plain numpy, the key as numbers."""
+    state = state.replace(key=jax.random.key_data(state.key))
+    return jax.tree.map(lambda x: np.array(x, copy=True), state)
+
+
+def assert_same(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert x.dtype == y.dtype
+        assert x.shape == y.shape
+        assert x.tobytes() == y.tobytes()
+
+
+def save_all(out_dir, losses, keep=2, **config):
+    """Save a small checkpoint for each loss, at steps 10, 20, ..."""
+    manager = checkpoint.open_checkpoints(str(out_dir), keep)
+    for i, loss in enumerate(losses, 1):
+        meta = {**META, "iter": 10 * i, "val_loss": loss, "config": {**vars(CONFIG), **config}}
+        checkpoint.save(manager, small_state(i), meta, loss)
+    manager.close()
+    return str(out_dir)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A real state, saved from eight devices."""
+    out_dir = str(tmp_path_factory.mktemp("run"))
+    state = real_state(EIGHT)
+    manager = checkpoint.open_checkpoints(out_dir, 1)
+    checkpoint.save(manager, state, {**META, "iter": 600}, 1.5)
+    manager.close()
+    return out_dir, plain(state)
+
+
+@pytest.mark.parametrize("mesh", [ONE, EIGHT], ids=["one", "eight"])
+def test_a_state_comes_back_bit_for_bit_on_any_number_of_devices(run, mesh):
+    """T8, T11, C11: moments, counters, key and loss scale included, which nanoGPT loses."""
+    out_dir, saved = run
+    state = checkpoint.restore(out_dir, 600, shapes(), state_sharding(mesh))
+    assert_same(plain(state), saved)
+    assert jnp.issubdtype(state.key.dtype, jax.dtypes.prng_key)
+    assert float(state.loss_scale) == 4096
+    for leaf in jax.tree.leaves(state.params) + jax.tree.leaves(state.opt_state):
+        assert leaf.sharding.is_equivalent_to(state_sharding(mesh), leaf.ndim)
+
+
+def test_a_state_saved_from_one_device_comes_back_on_eight(tmp_path):
+    """C11."""
+    state = real_state(ONE, seed=3)
+    manager = checkpoint.open_checkpoints(str(tmp_path), 1)
+    checkpoint.save(manager, state, META, None)
+    manager.close()
+    back = checkpoint.restore(str(tmp_path), 1, shapes(), state_sharding(EIGHT))
+    assert_same(plain(back), plain(state))
+
+
+def test_parameters_restore_in_three_lines_of_plain_orbax(run):
+    out_dir, saved = run
+    path = Path(out_dir) / "checkpoints" / "600" / "params"
+
+    params = ocp.StandardCheckpointer().restore(path)
+
+    assert set(params) == {"wte", "wpe", "h", "ln_f"}
+    assert set(params["h"]) == {"ln_1", "attn", "ln_2", "mlp"}
+    assert set(params["h"]["attn"]) == {"c_attn", "c_proj"}
+    assert set(params["h"]["mlp"]) == {"c_fc", "c_proj"}
+    assert_same(jax.tree.map(np.asarray, params), saved.params)
+
+
+def test_no_file_ties_a_checkpoint_to_the_devices_it_was_saved_from(run):
+    """Saved from eight, it is arrays in memory to plain Orbax, on a laptop with one as well."""
+    path = Path(run[0]) / "checkpoints" / "600"
+    assert not list(path.rglob("_sharding"))
+    params = ocp.StandardCheckpointer().restore(path / "params")
+    assert {type(leaf) for leaf in jax.tree.leaves(params)} == {np.ndarray}
+
+
+def test_the_json_beside_it_says_what_was_said(run):
+    out_dir, _ = run
+    assert checkpoint.read_meta(out_dir, 600) == {**META, "iter": 600}
+    items = {path.name for path in (Path(out_dir) / "checkpoints" / "600").iterdir()}
+    assert {"params", "optimizer", "meta"} <= items
+
+
+def test_training_on_while_a_save_runs_does_not_change_what_is_saved(tmp_path):
+    """C28, C35: the step donates the very arrays that are being written."""
+    state = real_state(ONE, seed=5)
+    saved = plain(state)
+    step = make_train_step(MODEL, TX)
+    tokens = jax.device_put(np.arange(16, dtype=np.int32).reshape(1, 2, 8), state_sharding(ONE))
+    manager = checkpoint.open_checkpoints(str(tmp_path), 1)
+    before = state
+    checkpoint.save(manager, state, META, None)
+    for _ in range(3):
+        state, _ = step(state, tokens, tokens)
+    assert before.params["wte"]["weight"].is_deleted()
+    assert not np.array_equal(state.params["wte"]["weight"], saved.params["wte"]["weight"])
+    manager.close()
+    back = checkpoint.restore(str(tmp_path), 1, shapes(), state_sharding(ONE))
+    assert_same(plain(back), saved)
+
+
+@pytest.mark.parametrize(
+    ("losses", "keep", "kept"),
+    [
+        ([3.0, 1.0, 2.0, 2.5], 1, [20, 40]),
+        ([3.0, 1.0, 2.0, 2.5, 2.6], 2, [20, 40, 50]),
+        ([3.0, 2.0, 1.0], 1, [30]),  # the newest is the best
+        ([3.0, 1.0, None, None], 1, [20, 40]),  # saves between evaluations have no loss
+        ([None, None, None], 2, [20, 30]),
+        ([2.0, float("nan"), float("nan"), float("nan")], 1, [10, 40]),
+        ([float("nan"), 2.0, 3.0, float("inf")], 1, [20, 40]),
+    ],
+)
+def test_the_newest_and_the_best_are_kept(tmp_path, losses, keep, kept):
+    """T18; a run that diverges to nan does not lose its best."""
+    out_dir = save_all(tmp_path, losses, keep)
+    assert checkpoint.steps(out_dir) == kept
+    finite = [loss for loss in losses if loss is not None and np.isfinite(loss)]
+    best = 10 * (1 + losses.index(min(finite))) if finite else kept[-1]
+    assert checkpoint.choose(out_dir, "best") == best
+    params = checkpoint.folder(out_dir) / str(best) / "params"
+    assert ocp.StandardCheckpointer().restore(params)["a"].tolist() == [best // 10] * 3
+
+
+def test_a_resumed_run_still_knows_which_checkpoint_is_the_best(tmp_path):
+    """T18: over a restart of the process that writes."""
+    out_dir = save_all(tmp_path, [3.0, 1.0, 2.0], 1)
+    manager = checkpoint.open_checkpoints(out_dir, 1)
+    for number, loss in ((40, 2.5), (50, 1.5)):
+        checkpoint.save(manager, small_state(), {**META, "iter": number, "val_loss": loss}, loss)
+    manager.close()
+    assert checkpoint.steps(out_dir) == [20, 50]
+    assert checkpoint.choose(out_dir, "best") == 20
+
+
+def test_a_step_is_chosen_by_number_latest_best_or_as_nanogpt_would(tmp_path):
+    """S1, T18."""
+    out_dir = save_all(tmp_path / "all", [3.0, 1.0, 2.0], 3)
+    assert checkpoint.steps(out_dir) == [10, 20, 30]
+    assert checkpoint.choose(out_dir, "latest") == 30
+    assert checkpoint.choose(out_dir, "best") == 20
+    assert checkpoint.choose(out_dir, "10") == 10
+    assert checkpoint.choose(out_dir, "") == 30  # ckpt.pt is overwritten at each evaluation
+    improved = save_all(tmp_path / "best", [3.0, 1.0, 2.0], 3, always_save_checkpoint=False)
+    assert checkpoint.choose(improved, "") == 20
+    assert checkpoint.choose(improved, "latest") == 30
+
+
+def test_a_step_that_is_not_there_is_refused_with_those_that_are(tmp_path):
+    out_dir = save_all(tmp_path / "run", [3.0, 1.0])
+    with pytest.raises(UserError, match=r"has no checkpoint of step 15, only of \[10, 20\]"):
+        checkpoint.choose(out_dir, "15")
+    for empty in (tmp_path / "nothing", tmp_path / "run" / "checkpoints" / "10"):
+        for step in ("", "latest", "best", "10"):
+            with pytest.raises(UserError, match=r"no checkpoint in .*: train first") as error:
+                checkpoint.choose(str(empty), step)
+            assert str(empty) in str(error.value)
+
+
+def test_what_an_interrupted_save_left_is_no_checkpoint_and_is_in_nobodys_way(tmp_path):
+    """C14."""
+    out_dir = save_all(tmp_path, [3.0])
+    left = checkpoint.folder(out_dir) / "20.orbax-checkpoint-tmp"
+    (left / "params").mkdir(parents=True)
+    assert checkpoint.steps(out_dir) == [10]
+    assert checkpoint.choose(out_dir, "latest") == 10
+    manager = checkpoint.open_checkpoints(out_dir, 2)
+    checkpoint.save(manager, small_state(2), {**META, "iter": 20}, None)
+    manager.close()
+    assert not left.exists()
+    assert checkpoint.steps(out_dir) == [10, 20]
+    params = checkpoint.folder(out_dir) / "20" / "params"
+    assert ocp.StandardCheckpointer().restore(params)["a"].tolist() == [2, 2, 2]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "null", "{}", "5", "[" * 100_000, '{"iter": 1}', b"\xff\xfe", None],
+    ids=["empty", "cut", "list", "null", "bare", "number", "deep", "half", "bytes", "gone"],
+)
+def test_a_damaged_json_is_refused_by_name_and_blocks_no_other_checkpoint(tmp_path, text):
+    """C18, C26."""
+    out_dir = save_all(tmp_path, [3.0, 1.0])
+    path = checkpoint.folder(out_dir) / "10" / "meta" / "metadata"
+    path.unlink() if text is None else path.write_bytes(
+        text if isinstance(text, bytes) else text.encode()
+    )
+    with pytest.raises(UserError) as error:
+        checkpoint.read_meta(out_dir, 10)
+    assert str(error.value).startswith(f"{path} cannot be read")
+    assert "\n" not in str(error.value)
+    assert checkpoint.choose(out_dir, "latest") == checkpoint.choose(out_dir, "") == 20
+
+
+def tree(folder):
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def test_an_old_run_is_moved_aside_whole_as_often_as_need_be(tmp_path, capsys):
+    out = tmp_path / "out"
+    runs = []
+    for loss in (3.0, 2.0):
+        save_all(out, [loss])
+        (out / "metrics.jsonl").write_text(f"{loss}\n")
+        (out / "notes").mkdir()
+        (out / "notes" / "mine.txt").write_text("kept")
+        runs.append({name: data for name, data in tree(out).items() if "previous-" not in name})
+        checkpoint.set_aside(str(out))
+        assert checkpoint.steps(str(out)) == []
+        assert f"{out} held a run: it is in {out / f'previous-{len(runs)}'}" in (
+            capsys.readouterr().out
+        )
+    assert sorted(path.name for path in out.iterdir()) == ["previous-1", "previous-2"]
+    assert [tree(out / "previous-1"), tree(out / "previous-2")] == runs
+    assert json.loads(
+        (out / "previous-2" / "checkpoints" / "10" / "meta" / "metadata").read_text()
+    )["val_loss"] == 2.0  # fmt: skip
+
+
+def test_runs_set_aside_by_number_do_not_meet_when_one_was_deleted(tmp_path):
+    out = tmp_path / "out"
+    for name in ("previous-2", "previous-of-mine"):
+        (out / name).mkdir(parents=True)
+        (out / name / "file").write_text(name)
+    for _ in range(2):
+        save_all(out, [1.0])
+        checkpoint.set_aside(str(out))
+    names = ["previous-1", "previous-2", "previous-3", "previous-of-mine"]
+    assert sorted(path.name for path in out.iterdir()) == names
+    assert (out / "previous-2" / "file").read_text() == "previous-2"
+
+
+def test_a_folder_that_holds_no_run_is_left_as_it_is(tmp_path, capsys):
+    (tmp_path / "config.py").write_text("x")
+    (tmp_path / "checkpoints").mkdir()
+    checkpoint.set_aside(str(tmp_path))
+    checkpoint.set_aside(str(tmp_path / "nothing"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints", "config.py"]
+    assert not capsys.readouterr().out
