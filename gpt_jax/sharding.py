@@ -1,6 +1,10 @@
 """Which device holds what: the mesh, and the layout of the state and of a batch over it."""
 
+import ctypes
 import math
+import sys
+from importlib.metadata import entry_points
+from importlib.util import find_spec
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -17,6 +21,9 @@ def use_platform(device: str) -> None:
     platform = {"gpu": "cuda"}.get(device, device).split(":")[0]
     if platform != "auto":
         jax.config.update("jax_platforms", platform)
+    accelerated = entry_points(group="jax_plugins") or find_spec("libtpu")
+    if "cpu" in (platform, jax.config.jax_platforms) or not accelerated:
+        keep_freed_memory()
     try:
         jax.devices()
     except RuntimeError as error:
@@ -25,6 +32,21 @@ def use_platform(device: str) -> None:
             f"device={device} is not there ({reason}): use --device=cpu, or install "
             "gpt_jax[cuda] or gpt_jax[tpu] for the hardware at hand"
         ) from None
+
+
+def keep_freed_memory() -> None:
+    """Let malloc keep what is freed, in one arena: where it is glibc's, before XLA's threads start.
+
+    XLA's CPU backend frees a step's arrays and asks for them again in the next. Given back to the
+    kernel in between, they come back page by page: 50 against 35 ms a step for nanoGPT's CPU
+    example on two cores.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt:
+        m_mmap_max, m_trim_threshold, m_arena_max = -4, -1, -8  # malloc.h
+        mallopt(m_mmap_max, 0)
+        mallopt(m_trim_threshold, 2**31 - 1)
+        mallopt(m_arena_max, 1)
 
 
 def make_mesh(device: str = "auto") -> Mesh:

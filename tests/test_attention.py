@@ -40,7 +40,7 @@ def by_hand(q, k, v):
     return out
 
 
-@pytest.mark.parametrize("scale", [1.0, 30.0])  # large scores must not overflow
+@pytest.mark.parametrize("scale", [1.0, 300.0])  # large scores must not overflow
 def test_reference_is_causal_softmax_attention(scale):  # M4
     ours = attention(scale * Q, K, V, backend="reference")
     np.testing.assert_allclose(ours, by_hand(scale * Q, K, V), rtol=1e-5, atol=1e-5)

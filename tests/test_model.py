@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
+from jax.extend.core import jaxprs_in_params
 
 from gpt_jax.config import GPTConfig
 from gpt_jax.errors import UserError
@@ -142,6 +143,24 @@ def test_logits_and_features_are_float32(dtype):
         lambda p: model.apply({"params": p}, TOKENS, method="features")[0], PARAMS
     )
     assert (features.shape, features.dtype) == ((4, 16, 32), jnp.float32)
+
+
+def products_in(jaxpr):
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            yield equation
+        for inner in jaxprs_in_params(equation.params):
+            yield from products_in(inner)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_every_product_is_made_in_dtype(dtype):
+    model = GPT(replace(SMALL, dtype=dtype))
+    made = jax.make_jaxpr(model.apply)({"params": PARAMS}, TOKENS)
+    products = list(products_in(made.jaxpr))
+    # q, k, v, scores, values, c_proj, c_fc, c_proj of a layer, written once; and the logits
+    assert len(products) == 9
+    assert {str(x.aval.dtype) for product in products for x in product.invars} == {dtype}
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

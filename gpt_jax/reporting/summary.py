@@ -19,18 +19,24 @@ def summary(
     """Say how a run ended: the loss, a sample if one is asked for, where things lie, what next."""
     bits = "" if val.bits_per_byte is None else f", {val.bits_per_byte:.4f} bits/byte"
     print(f"\nval loss {val.loss:.4f} nats/token{bits}")
+    start = "def " if config.dataset == "pystdlib" else "\n"
     if config.sample_tokens:
         key = jax.random.key(config.seed)
-        prompt = tokenizer.encode("\n")
         ids = generate(
-            model, params, prompt, key=key, max_new_tokens=config.sample_tokens, temperature=0.8
+            model,
+            params,
+            tokenizer.encode(start),
+            key=key,
+            max_new_tokens=config.sample_tokens,
+            temperature=0.8,
         )
-        print(f"a sample:\n---------------{tokenizer.decode(ids)}\n---------------")
+        print(f"a sample:\n---------------\n{tokenizer.decode(ids).strip()}\n---------------")
     out = Path(config.out_dir)
     print(f"checkpoints: {out / 'checkpoints'}")
     print(f"metrics:     {out / 'metrics.jsonl'}")
     print(f"picture:     {plot(config.out_dir)}")
     flag = "" if config.out_dir == "out" else f" --out_dir={config.out_dir}"
     print("next:")
-    print(f'  python sample.py{flag} --start="def " --num_samples=3')
+    prompt = f' --start="{start}"' if start.strip() else ""
+    print(f"  python sample.py{flag}{prompt} --num_samples=3")
     print(f"  python train.py --init_from=resume{flag} --max_iters={2 * config.max_iters}")
