@@ -81,7 +81,14 @@ def restore(out_dir: str, step: int, state: Any, sharding: Sharding) -> TrainSta
 
 
 def restore_tree(path: Path, like: Any, sharding: Sharding) -> Any:
-    """Return the tree saved at ``path``, with the shapes and dtypes of ``like``, laid out."""
+    """Return the tree saved at ``path``, with the shapes and dtypes of ``like``, laid out.
+
+    Raises UserError, before anything is allocated, where other shapes are stored.
+    """
+    stored = ocp.PyTreeCheckpointHandler().metadata(path)  # pyright: ignore[reportArgumentType]
+    shapes = [sorted(x.shape for x in jax.tree.leaves(tree)) for tree in (stored, like)]
+    if shapes[0] != shapes[1]:
+        raise UserError(f"{path} holds arrays of other shapes than its JSON says: take another")
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), like)
     with ocp.StandardCheckpointer() as checkpointer:
         return checkpointer.restore(path, like)

@@ -170,6 +170,7 @@ def test_training_on_while_a_save_runs_does_not_change_what_is_saved(tmp_path):
         ([3.0, 1.0, 2.0, 2.5], 1, [20, 40]),
         ([3.0, 1.0, 2.0, 2.5, 2.6], 2, [20, 40, 50]),
         ([3.0, 2.0, 1.0], 1, [30]),  # the newest is the best
+        ([float("nan"), 2.0, 3.0], 3, [10, 20, 30]),
         ([3.0, 1.0, None, None], 1, [20, 40]),  # saves between evaluations have no loss
         ([None, None, None], 2, [20, 30]),
         ([2.0, float("nan"), float("nan"), float("nan")], 1, [10, 40]),

@@ -138,11 +138,15 @@ def test_metadata_that_are_not_json_are_refused_by_name(run):
         load(run)
 
 
-def test_a_model_that_claims_other_sizes_than_are_stored_is_refused_before_allocation(run):
-    """C19, C26: 4e18 bytes would be asked for if the claim were believed."""
-    huge = {**vars(MODEL.config), "n_embd": 2**30, "n_head": 1}
-    damage(run, model=huge)
-    with pytest.raises(ValueError, match="shape"):
+@pytest.mark.parametrize(
+    "claim",
+    [{"n_embd": 2**30, "n_head": 1}, {"n_layer": 2}, {"block_size": 4}, {"bias": True}],
+    ids=str,
+)
+def test_a_model_that_claims_other_sizes_than_are_stored_is_refused_before_allocation(run, claim):
+    """C19, C26: 4e18 bytes would be asked for if the first claim were believed."""
+    damage(run, model={**vars(MODEL.config), **claim})
+    with pytest.raises(UserError, match=r"30/params holds arrays of other shapes than its JSON"):
         load(run)
 
 

@@ -103,6 +103,7 @@ def test_a_platform_that_is_not_there_is_refused_in_one_line(monkeypatch):
 
     monkeypatch.setattr(jax.config, "update", lambda *setting: asked.append(setting))
     monkeypatch.setattr(jax, "devices", none)
+    monkeypatch.setattr(jax, "default_backend", none)
     for device in ("cuda", "gpu", "cuda:1"):
         with pytest.raises(UserError) as error:
             use_platform(device)
