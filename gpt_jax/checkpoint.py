@@ -1,8 +1,10 @@
 """Checkpoints by Orbax: asynchronous, whole or not at all, readable without this package.
 
-OUT_DIR/checkpoints/STEP/params      the parameters, as in model.py
-/optimizer   the rest of the TrainState
-/meta        JSON: config, model, tokenizer, iteration, losses
+In OUT_DIR/checkpoints/STEP lie
+
+- params: the parameters, as in model.py
+- optimizer: the rest of the TrainState
+- meta: JSON with config, model, tokenizer, iteration and losses
 """
 
 import itertools
