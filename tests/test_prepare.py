@@ -618,7 +618,10 @@ def test_the_command_writes_where_it_is_told_and_names_the_next_one(tmp_path, ca
     main(["text", *where, "--tokenizer=char", "--name=mine"])
     assert names(tmp_path / "my data" / "mine") == FILES
     printed = capsys.readouterr().out
-    assert f"next: python train.py --dataset=mine --out_dir=out-mine --data_dir='{tmp_path}/my data'\n" in printed
+    assert (
+        f"next: python train.py --dataset=mine --out_dir=out-mine --data_dir='{tmp_path}/my data'\n"
+        in printed
+    )
     assert "train.bin  89 tokens, 178 bytes" in printed
     assert "vocabulary 9, char tokenizer" in printed
 
