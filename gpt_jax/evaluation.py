@@ -38,7 +38,7 @@ def make_eval_step(model: GPT) -> Callable[[Any, Array, Array], tuple[Array, Arr
     """
 
     @jax.jit
-    def eval_step(params: Any, tokens: Array, targets: Array) -> tuple[Array, Array]:
+    def eval_step(params: Any, tokens: Array, targets: Array) -> Any:
         return model.apply({"params": params}, tokens, targets, method="total_loss")
 
     return eval_step

@@ -22,7 +22,7 @@ def use_platform(device: str) -> None:
     if platform != "auto":
         jax.config.update("jax_platforms", platform)
     accelerated = entry_points(group="jax_plugins") or find_spec("libtpu")
-    if "cpu" in (platform, jax.config.jax_platforms) or not accelerated:
+    if "cpu" in (platform, jax.config.values["jax_platforms"]) or not accelerated:
         keep_freed_memory()
     try:
         jax.devices()
