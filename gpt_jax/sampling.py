@@ -148,6 +148,8 @@ def start(
     Raises UserError for an empty prompt and for an id that the model does not have.
     """
     lengths = [len(prompt) for prompt in prompts]
+    if max_new_tokens < 0:
+        raise UserError(f"max_new_tokens={max_new_tokens} is negative: give it 0 or more")
     if not prompts or min(lengths) == 0:
         raise UserError("the prompt has no tokens: give it at least one, a newline for example")
     padded = -(-max(lengths) // PROMPT_MULTIPLE) * PROMPT_MULTIPLE

@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -832,12 +830,6 @@ def test_help_is_printed_wherever_it_is_asked_for(flag, capsys):
         assert capsys.readouterr().out == usage(TrainConfig) + "\n"
 
 
-def test_help_needs_no_jax():
-    code = "import sys, gpt_jax.config; sys.exit('jax' in sys.modules)"
-    root = Path(config_module.__file__).parent.parent
-    assert subprocess.run([sys.executable, "-c", code], cwd=root).returncode == 0
-
-
 def test_keys_that_mean_something_else_here_are_noted():
     assert notes(TrainConfig()) == notes(SampleConfig()) == notes(EvalConfig()) == []
     assert notes(TrainConfig(compile=False, backend="gloo")) == [
@@ -858,6 +850,6 @@ def test_a_config_prints_as_its_changed_keys_in_100_columns():
 
 def test_no_config_is_evaluated_as_python():
     folder = Path(config_module.__file__).parent
-    for path in (folder / "config.py", folder / "configs" / "__init__.py"):
+    for path in (folder / "config.py", *(folder / "commandline").glob("*.py")):
         text = path.read_text()
         assert not any(word in text for word in (" eval(", " exec(", "pickle", "import_module"))
