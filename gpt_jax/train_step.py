@@ -90,8 +90,18 @@ def make_train_step(
 
 def rescale(old: TrainState, new: TrainState, finite: Array) -> TrainState:
     """Return ``new`` where the gradient was finite, else ``old`` with half the loss scale."""
-    kept = jax.tree.map(partial(jnp.where, finite), (new.params, new.opt_state),
-                        (old.params, old.opt_state))  # fmt: skip
+
+    def keep(x: Any, before: Any) -> Any:
+        # the learning rate follows the iteration, as nanoGPT's, also past an update left out
+        is_schedule = isinstance(x, optax.ScaleByScheduleState)
+        return x if is_schedule else jnp.where(finite, x, before)
+
+    kept = jax.tree.map(
+        keep,
+        (new.params, new.opt_state),
+        (old.params, old.opt_state),
+        is_leaf=lambda x: isinstance(x, optax.ScaleByScheduleState),
+    )
     grown = old.good_steps + 1 >= SCALE_DOUBLES_AFTER
     up = jnp.minimum(jnp.where(grown, 2.0, 1.0) * old.loss_scale, LARGEST_SCALE)
     return new.replace(  # pyright: ignore

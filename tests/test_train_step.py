@@ -295,3 +295,16 @@ def test_the_scale_stays_between_1_and_its_largest(monkeypatch, finite, scale, e
     zero = jnp.int32(0)
     old = TrainState({}, {}, zero, jax.random.key(0), jnp.float32(scale), zero)
     assert rescale(old, old, jnp.bool_(finite)).loss_scale == expected
+
+
+def test_the_learning_rate_follows_the_iteration_past_an_update_left_out():
+    config = TrainConfig(grad_clip=0.0)
+    params = {name: {"weight": jnp.ones((2, 2))} for name in ("wte", "wpe")}
+    tx = make_optimizer(config)
+    old = init_state(params, tx)
+    _, opt_state = tx.update(params, old.opt_state, params)
+    new = rescale(old, old.replace(opt_state=opt_state), jnp.asarray(False))
+    counted = (optax.ScaleByAdamState, optax.ScaleByScheduleState)
+    states = jax.tree.leaves(new.opt_state, is_leaf=lambda x: isinstance(x, counted))
+    counts = [int(x.count) for x in states if isinstance(x, counted)]
+    assert sorted(counts) == [0, 1]  # Adam's own stands still, the schedule's goes on
