@@ -169,7 +169,9 @@ def main(argv: list[str]) -> None:
             pending = (iteration, metrics, learning_rate(config, iteration))
 
     # ---- 7. The end -----------------------------------------------------------------------------
-    if stop.asked:
+    if stop.asked and saved is None:
+        print("stopped before the first iteration: there is nothing to save yet")
+    elif stop.asked:
         print(f"stopped at iteration {iteration} and saved: --init_from=resume goes on from there")
     else:
         summary(config, val, model, state.params, tokenizer)

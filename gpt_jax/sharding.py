@@ -38,8 +38,7 @@ def keep_freed_memory() -> None:
     """Let malloc keep what is freed, in one arena: where it is glibc's, before XLA's threads start.
 
     XLA's CPU backend frees a step's arrays and asks for them again in the next. Given back to the
-    kernel in between, they come back page by page: 50 against 35 ms a step for nanoGPT's CPU
-    example on two cores.
+    kernel in between, they come back page by page (docs/performance.md, "What was tried").
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt:
