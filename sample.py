@@ -12,8 +12,9 @@ from gpt_jax.commandline import notes
 from gpt_jax.config import SampleConfig, parse
 from gpt_jax.errors import UserError, exit_code
 from gpt_jax.pretrained import load
+from gpt_jax.runtime import connected, use_platform
 from gpt_jax.sampling import generate, stream
-from gpt_jax.sharding import use_platform
+from gpt_jax.sharding import make_mesh
 from gpt_jax.tokenizer import stream_decoder
 
 
@@ -29,10 +30,16 @@ def main(argv: list[str]) -> None:
             prompt = Path(prompt[5:]).read_text("utf-8")
         except (OSError, ValueError) as error:
             raise UserError(f"start={config.start}: cannot be read as text ({error})") from None
+    with connected(config, "start sampling again"):
+        write(config, prompt)
 
+
+def write(config: SampleConfig, prompt: str) -> None:
+    """Load the model and write what it makes of the prompt."""
     use_platform(config.device)
+    mesh = make_mesh(config.device, config.data, config.fsdp, config.tensor)
     source = config.out_dir if config.init_from == "resume" else config.init_from
-    model, params, tokenizer = load(source, step=config.step, dtype=config.dtype)
+    model, params, tokenizer = load(source, step=config.step, dtype=config.dtype, mesh=mesh)
     ids = tokenizer.encode(prompt)
     stop = tokenizer.encode(config.stop)
     if len(stop) > 1:

@@ -6,7 +6,6 @@ python train.py train_gpt2 --dataset=openwebtext
 """
 
 import sys
-import tempfile
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
@@ -18,7 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from gpt_jax import checkpoint, reporting
-from gpt_jax.commandline import compact, notes, save_config
+from gpt_jax.commandline import compact, make_writable, notes, save_config
 from gpt_jax.config import TrainConfig, parse
 from gpt_jax.data import batches, evaluation_starts, open_split
 from gpt_jax.errors import UserError, exit_code
@@ -30,48 +29,56 @@ from gpt_jax.prepare import prepare_on_first_use
 from gpt_jax.prepare.dataset import for_dataset
 from gpt_jax.pretrained import load, model_config, product_dtype
 from gpt_jax.reporting.summary import summary
+from gpt_jax.runtime import Stop, agree, barrier, connected, in_turn, is_first, use_platform
 from gpt_jax.sharding import (
     batch_sharding,
     make_mesh,
     micro_batches,
+    placed,
     state_sharding,
-    use_platform,
 )
-from gpt_jax.signals import Stop
 from gpt_jax.tokenizer import Tokenizer
 from gpt_jax.train_step import TrainState, init_state, make_train_step
 
 
 @exit_code
 def main(argv: list[str]) -> None:
-    """Run a training run from its command line."""
-    # ---- 1. What is asked for -------------------------------------------------------------------
+    """Run a training run from its command line, as one of its processes if it has several."""
     config = parse(argv)
+    with connected(config, "start the run again with --init_from=resume"):
+        train(config)
+
+
+def train(config: TrainConfig) -> None:
+    """Train, from the config to the last checkpoint."""
+    # ---- 1. What is asked for -------------------------------------------------------------------
     print(compact(config), *notes(config), sep="\n")
     resumed = latest_step(config)
     meta = {"iter": 0, "best_val_loss": None}
     if resumed is not None:
         meta = checkpoint.read_meta(config.out_dir, resumed)
         refuse_another_run(config, meta["config"])
-    if not config.eval_only:
+    if not config.eval_only and is_first():
         make_writable(config.out_dir)
 
     # ---- 2. What it reads -----------------------------------------------------------------------
     folder = Path(config.data_dir) / config.dataset
-    prepare_on_first_use(config.dataset, folder)
+    in_turn(lambda: prepare_on_first_use(config.dataset, folder))
     tokenizer, vocab_size, token_dtype = for_dataset(folder)
     splits = {
         name: open_split(folder, name, vocab_size, token_dtype, config.block_size)
         for name in ("train", "val")
     }
+    agree({"the checkpoint to resume from": resumed,
+           **{f"tokens in {s.path}": len(s.tokens) for s in splits.values()}})  # fmt: skip
 
     # ---- 3. Where it runs -----------------------------------------------------------------------
     use_platform(config.device)
-    mesh = make_mesh(config.device)
+    mesh = make_mesh(config.device, config.data, config.fsdp, config.tensor)
     dtype = product_dtype(config.dtype)
     A, B = micro_batches(config, mesh)
     tokens_per_iter = A * B * config.block_size
-    print(f"{mesh.size} x {mesh.devices.flat[0].device_kind}, {dtype} products")
+    print(f"{reporting.describe(mesh)}, {dtype} products")
     print(f"tokens per iteration will be: {tokens_per_iter:,}")
 
     # ---- 4. What it trains ----------------------------------------------------------------------
@@ -80,7 +87,8 @@ def main(argv: list[str]) -> None:
         model, state = resume(config, resumed, meta, tokenizer, dtype, mesh)
     elif config.init_from in ("scratch", "auto"):
         model = GPT(config.model_config(vocab_size, dtype, tokenizer.n_tokens))
-        state = jax.jit(first_state(config, model), out_shardings=state_sharding(mesh))()
+        first = first_state(config, model)
+        state = jax.jit(first, out_shardings=state_sharding(mesh, jax.eval_shape(first)))()
     else:
         model, state = finetune(config, tokenizer, dtype, mesh)
     splits = {name: replace(s, vocab_size=model.config.vocab_size) for name, s in splits.items()}
@@ -90,8 +98,8 @@ def main(argv: list[str]) -> None:
     print(f"num non-decayed parameter tensors: {others}, with {n_others:,} parameters")
 
     # ---- 5. What an iteration and an evaluation are ----------------------------------------------
-    train_step = make_train_step(model, make_optimizer(config))
-    eval_step = make_eval_step(model)
+    train_step = make_train_step(model, make_optimizer(config), mesh)
+    eval_step = make_eval_step(model, mesh)
     starts = {
         name: evaluation_starts(split, config.eval_iters * config.batch_size)
         for name, split in splits.items()
@@ -109,9 +117,11 @@ def main(argv: list[str]) -> None:
         return
 
     # ---- 6. The loop ----------------------------------------------------------------------------
-    if resumed is None:
-        checkpoint.set_aside(config.out_dir)
-    save_config(config)
+    if is_first():
+        if resumed is None:
+            checkpoint.set_aside(config.out_dir)
+        save_config(config)
+    barrier()
     flops = flops_per_token(model.config, count_params(state.params)) * tokens_per_iter
     peak = config.peak_flops or peak_flops(mesh.devices.flat[0])
     peak = peak and peak * mesh.size
@@ -141,12 +151,12 @@ def main(argv: list[str]) -> None:
         )
         end = max(config.max_iters, meta["iter"])  # a finished run is evaluated once more
         for iteration in range(meta["iter"], end + 1):
-            last = iteration == end
-            if iteration % config.eval_interval == 0 or last or stop.asked:
+            last, stopped = iteration == end, stop.at(iteration)
+            if iteration % config.eval_interval == 0 or last or stopped:
                 if pending:
                     report.step(*pending)
                     pending = None
-                if stop.asked:
+                if stopped:
                     save(iteration, None)
                     break
                 train, val = loss_of("train"), loss_of("val", last)
@@ -169,9 +179,9 @@ def main(argv: list[str]) -> None:
             pending = (iteration, metrics, learning_rate(config, iteration))
 
     # ---- 7. The end -----------------------------------------------------------------------------
-    if stop.asked and saved is None:
+    if stopped and saved is None:
         print("stopped before the first iteration: there is nothing to save yet")
-    elif stop.asked:
+    elif stopped:
         print(f"stopped at iteration {iteration} and saved: --init_from=resume goes on from there")
     else:
         summary(config, val, model, state.params, tokenizer)
@@ -207,16 +217,6 @@ def refuse_another_tokenizer(source: str, its: dict[str, Any], tokenizer: Tokeni
         )
 
 
-def make_writable(out_dir: str) -> None:
-    """Make the run's folder; UserError now, not at the first checkpoint, if it cannot be."""
-    try:
-        Path(out_dir).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out_dir):
-            pass
-    except OSError as error:
-        raise UserError(f"out_dir={out_dir} cannot be written: {error}") from None
-
-
 def first_state(config: TrainConfig, model: GPT) -> Callable[[], TrainState]:
     """Return the function that makes a model's first state from the seed."""
 
@@ -240,22 +240,24 @@ def resume(
     refuse_another_tokenizer(config.out_dir, meta["tokenizer"], tokenizer)
     model = GPT(config.continued(model_config(meta, dtype, tokenizer)))
     shapes = jax.eval_shape(first_state(config, model))
-    return model, checkpoint.restore(config.out_dir, step, shapes, state_sharding(mesh))
+    return model, checkpoint.restore(config.out_dir, step, placed(mesh, shapes))
 
 
 def finetune(
     config: TrainConfig, tokenizer: Tokenizer, dtype: str, mesh: Mesh
 ) -> tuple[GPT, TrainState]:
     """Return a pretrained model, its context cropped to block_size, and a first state with it."""
-    sharding = state_sharding(mesh)
-    model, params, its = load(config.init_from, dtype=dtype, sharding=sharding)
+    model, params, its = load(config.init_from, dtype=dtype, mesh=mesh)
     refuse_another_tokenizer(config.init_from, its.to_json(), tokenizer)
     params = crop_block_size(params, config.block_size)
     key = jax.random.split(jax.random.key(config.seed))[1]
-    state = jax.jit(
-        lambda params: init_state(params, make_optimizer(config), key), out_shardings=sharding
-    )
-    return GPT(config.continued(model.config)), state(params)
+
+    def first(params):
+        return init_state(params, make_optimizer(config), key)
+
+    sharding = state_sharding(mesh, jax.eval_shape(first, params))
+    state = jax.jit(first, out_shardings=sharding)(params)
+    return GPT(config.continued(model.config)), state
 
 
 if __name__ == "__main__":

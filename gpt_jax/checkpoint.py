@@ -15,7 +15,6 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-from jax.sharding import Sharding
 
 from gpt_jax.errors import UserError
 from gpt_jax.train_step import TrainState
@@ -73,17 +72,17 @@ def save(
     manager.save(meta["iter"], args=items, metrics={"val_loss": rank})
 
 
-def restore(out_dir: str, step: int, state: Any, sharding: Sharding) -> TrainState:
-    """Return the state of a step; ``state`` gives shapes and dtypes, as from jax.eval_shape."""
+def restore(out_dir: str, step: int, state: Any) -> TrainState:
+    """Return the state of a step; ``state`` gives shapes, dtypes and layouts (sharding.placed)."""
     path = folder(out_dir) / str(step)
-    rest = restore_tree(path / "optimizer", without_params(state), sharding)
+    rest = restore_tree(path / "optimizer", without_params(state))
     key = jax.random.wrap_key_data(rest.pop("key"))
-    params = restore_tree(path / "params", state.params, sharding)
+    params = restore_tree(path / "params", state.params)
     return state.replace(params=params, key=key, **rest)
 
 
-def restore_tree(path: Path, like: Any, sharding: Sharding) -> Any:
-    """Return the tree saved at ``path``, with the shapes and dtypes of ``like``, laid out.
+def restore_tree(path: Path, like: Any) -> Any:
+    """Return the tree saved at ``path``, with the shapes, dtypes and layouts of ``like``.
 
     Raises UserError, before anything is allocated, where other shapes are stored.
     """
@@ -91,7 +90,6 @@ def restore_tree(path: Path, like: Any, sharding: Sharding) -> Any:
     shapes = [sorted(x.shape for x in jax.tree.leaves(tree)) for tree in (stored, like)]
     if shapes[0] != shapes[1]:
         raise UserError(f"{path} holds arrays of other shapes than its JSON says: take another")
-    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), like)
     with ocp.StandardCheckpointer() as checkpointer:
         return checkpointer.restore(path, like)
 
@@ -101,7 +99,8 @@ def without_params(state: Any) -> dict[str, Any]:
     fields = {name: x for name, x in vars(state).items() if name != "params"}
     if isinstance(state.key, jax.Array):
         return {**fields, "key": jax.random.key_data(state.key)}
-    return {**fields, "key": jax.eval_shape(jax.random.key_data, state.key)}
+    data = jax.eval_shape(jax.random.key_data, state.key)
+    return {**fields, "key": data.update(sharding=state.key.sharding)}
 
 
 def folder(out_dir: str) -> Path:

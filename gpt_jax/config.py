@@ -83,7 +83,23 @@ class GPTConfig(Checked):
 
 
 @dataclass(frozen=True)
-class TrainConfig(Checked):
+class Hardware(Checked):
+    """What every command that computes is asked: on which devices, and on how many hosts."""
+
+    device: str = key("auto", "gpu is cuda", "System", choices=DEVICES)
+    dtype: str = key("auto", "auto: bfloat16 where fast", choices=DTYPES)
+    compile: bool = key(True, "accepted; JAX always compiles")
+    data: int = key(-1, "copies of the model; -1: all that the devices allow", "Mesh", at_least=-1)
+    fsdp: int = key(1, "devices that share a copy and split its batch", at_least=-1)
+    tensor: int = key(1, "devices that split each layer's heads and MLP", at_least=-1)
+    coordinator_address: str = key("", "HOST:PORT of process 0; '': found", "Several hosts")
+    num_processes: int = key(0, "processes of the run; 0: found; 1: this one alone", at_least=0)
+    process_id: int = key(-1, "which of them this is; -1: found", at_least=-1)
+    initialization_timeout: int = key(120, "seconds to wait for the others", at_least=1)
+
+
+@dataclass(frozen=True)
+class TrainConfig(Hardware):
     """Train a GPT, or finetune or evaluate one."""
 
     command, preset = "python train.py", "quickstart"
@@ -121,10 +137,7 @@ class TrainConfig(Checked):
     warmup_iters: int = key(2000, "iterations of the warmup", at_least=0)
     lr_decay_iters: int = key(600000, "iteration that reaches min_lr", at_least=0)
     min_lr: float = key(6e-5, "lowest learning rate: about a tenth of the highest", at_least=0)
-    backend: str = key("nccl", "accepted; JAX picks the transport itself", "System")
-    device: str = key("auto", "gpu is cuda", choices=DEVICES)
-    dtype: str = key("auto", "auto: bfloat16 where fast", choices=DTYPES)
-    compile: bool = key(True, "accepted; JAX always compiles")
+    backend: str = key("nccl", "accepted; JAX picks the transport itself", "Speed and seed")
     seed: int = key(1337, "of weights, batches and dropout", at_least=0, at_most=2**32 - 1)
     attention: str = key("auto", "attention kernel", choices="auto|reference|xla|cudnn")
     remat: str = key("none", "recomputed in the backward pass", choices="none|dots|full")
@@ -148,16 +161,13 @@ class TrainConfig(Checked):
 
 
 @dataclass(frozen=True)
-class LoadConfig(Checked):
-    """Which trained GPT to load, and where to run it."""
+class LoadConfig(Hardware):
+    """Which trained GPT to load."""
 
     init_from: str = key("resume", "resume (out_dir)|gpt2[-medium...]|PATH", "Run", name=True)
     out_dir: str = key("out", "folder of the run", name=True)
     step: str = key("", "'': best if only those were kept, or latest", choices="|best|latest|N")
     data_dir: str = key("data", "folder of the datasets", name=True)
-    device: str = key("auto", "gpu is cuda", choices=DEVICES)
-    dtype: str = key("auto", "auto: bfloat16 where fast", choices=DTYPES)
-    compile: bool = key(True, "accepted; JAX always compiles")
 
 
 @dataclass(frozen=True)
@@ -173,6 +183,7 @@ class SampleConfig(LoadConfig):
     top_p: float = key(1.0, "draw from the likeliest with this mass", above=0, at_most=1)
     stop: str = key("", "text at which a sample ends; '': none")
     seed: int = key(1337, "of the draws", at_least=0, at_most=2**32 - 1)
+    data: int = key(1, "copies of the model; -1: all that the devices allow", "Mesh", at_least=-1)
 
 
 def typed(name: str, value: Any, kind: Any, where: str = "") -> Any:

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from gpt_jax.data import Split, place
 from gpt_jax.errors import UserError
 from gpt_jax.model import GPT
-from gpt_jax.sharding import batch_sharding
+from gpt_jax.sharding import batch_sharding, gathered, row_shards
 from gpt_jax.tokenizer import Tokenizer
 
 
@@ -31,7 +31,9 @@ class Evaluation:
         return math.exp(min(self.loss, 700))
 
 
-def make_eval_step(model: GPT) -> Callable[[Any, Array, Array], tuple[Array, Array]]:
+def make_eval_step(
+    model: GPT, mesh: Mesh | None = None
+) -> Callable[[Any, Array, Array], tuple[Array, Array]]:
     """Return a jitted ``f(params, tokens, targets) -> (summed nats, counted targets)``.
 
     tokens and targets are int32 (B, T); a target of -1 is left out. No dropout.
@@ -39,7 +41,8 @@ def make_eval_step(model: GPT) -> Callable[[Any, Array, Array], tuple[Array, Arr
 
     @jax.jit
     def eval_step(params: Any, tokens: Array, targets: Array) -> Any:
-        return model.apply({"params": params}, tokens, targets, method="total_loss")
+        variables = {"params": gathered(mesh, params)}
+        return model.apply(variables, tokens, targets, method="total_loss")
 
     return eval_step
 
@@ -58,7 +61,7 @@ def evaluate(
     With a ``tokenizer`` the bytes of the targets are counted too. Sums are taken in float64.
     """
     rows = min(batch_size, len(starts))
-    rows += -rows % mesh.size
+    rows += -rows % row_shards(mesh)
     lengths = None if tokenizer is None else text_bytes(tokenizer)
     sums, n_bytes = [], 0
     for first in range(0, len(starts), rows):

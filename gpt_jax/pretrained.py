@@ -4,29 +4,37 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Sharding, SingleDeviceSharding
+from jax.sharding import Mesh
 
 from gpt_jax import checkpoint
 from gpt_jax.config import GPTConfig
 from gpt_jax.errors import UserError
 from gpt_jax.interop import gpt2
 from gpt_jax.model import GPT
+from gpt_jax.sharding import make_mesh, placed, state_sharding
 from gpt_jax.tokenizer import Tokenizer, from_json
 
 
 def load(
-    source: str, *, step: str = "", dtype: str = "auto", sharding: Sharding | None = None
+    source: str, *, step: str = "", dtype: str = "auto", mesh: Mesh | None = None
 ) -> tuple[GPT, dict[str, Any], Tokenizer]:
     """Return (model, params, tokenizer) of a run's folder, or of "gpt2", "gpt2-medium", ...
 
     ``step`` picks a run's checkpoint: "best", "latest", a number, or "" for what nanoGPT would
     have kept. params are float32; ``dtype`` is that of the matrix products, "auto" the fastest
-    good one here. Raises UserError where there is nothing to load.
+    good one here. They lie on one device, or on a ``mesh`` (sharding.make_mesh), no device holding
+    more than its part. Raises UserError where there is nothing to load.
     """
-    sharding = sharding or SingleDeviceSharding(jax.devices()[0])
+    mesh = mesh or make_mesh(devices=jax.local_devices()[:1])
     dtype = product_dtype(dtype)
     if source in gpt2.SIZES:
-        return gpt2.load(source, dtype, sharding)
+        model, arrays, tokenizer = gpt2.load(source, dtype)
+        params = jax.tree.map(
+            lambda x, sharding: jax.make_array_from_callback(x.shape, sharding, x.__getitem__),
+            arrays,
+            state_sharding(mesh, arrays),
+        )
+        return model, params, tokenizer
     number = checkpoint.choose(source, step)
     meta = checkpoint.read_meta(source, number)
     tokenizer = from_json(meta["tokenizer"])
@@ -34,7 +42,7 @@ def load(
     model = GPT(config)
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
     path = checkpoint.folder(source) / str(number) / "params"
-    return model, checkpoint.restore_tree(path, shapes, sharding), tokenizer
+    return model, checkpoint.restore_tree(path, placed(mesh, shapes)), tokenizer
 
 
 def model_config(meta: dict[str, Any], dtype: str, tokenizer: Tokenizer) -> GPTConfig:

@@ -1,59 +1,56 @@
-"""Which device holds what: the mesh, and the layout of the state and of a batch over it."""
+"""Which device holds what: the mesh, and the layout of the state and of a batch over it.
 
-import ctypes
+The mesh has three axes. The rows of a batch are spread over "data" and "fsdp"; the parameters and
+the optimizer's moments are cut along "fsdp" (gathered where they are used: Zhao et al. 2023,
+"PyTorch FSDP") and along "tensor" (never gathered: Shoeybi et al. 2019, "Megatron-LM"). XLA adds
+the communication; all it is told is in this file.
+"""
+
 import math
-import sys
-from importlib.metadata import entry_points
-from importlib.util import find_spec
+from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from gpt_jax.config import TrainConfig
 from gpt_jax.errors import UserError
 
+ROWS = ("data", "fsdp")
 
-def use_platform(device: str) -> None:
-    """Choose the platform of a whole process, before anything touches a device: for scripts.
+# every parameter: its axes, by the letters of model.py (q, k and v are the axis 3), and the axes of
+# the mesh that cut each
+LAYOUT: dict[str, dict[str, Any]] = {
+    "wte/weight": {"V": "tensor", "C": "fsdp"},
+    "wpe/weight": {"T": None, "C": "fsdp"},
+    "h/ln_1/weight": {"L": None, "C": "fsdp"},
+    "h/ln_1/bias": {"L": None, "C": "fsdp"},
+    "h/attn/c_attn/weight": {"L": None, "C": "fsdp", "3": None, "H": "tensor", "D": None},
+    "h/attn/c_attn/bias": {"L": None, "3": None, "H": "tensor", "D": "fsdp"},
+    "h/attn/c_proj/weight": {"L": None, "H": "tensor", "D": None, "C": "fsdp"},
+    "h/attn/c_proj/bias": {"L": None, "C": "fsdp"},
+    "h/ln_2/weight": {"L": None, "C": "fsdp"},
+    "h/ln_2/bias": {"L": None, "C": "fsdp"},
+    "h/mlp/c_fc/weight": {"L": None, "C": "fsdp", "F": "tensor"},
+    "h/mlp/c_fc/bias": {"L": None, "F": ("tensor", "fsdp")},
+    "h/mlp/c_proj/weight": {"L": None, "F": "tensor", "C": "fsdp"},
+    "h/mlp/c_proj/bias": {"L": None, "C": "fsdp"},
+    "ln_f/weight": {"C": "fsdp"},
+    "ln_f/bias": {"C": "fsdp"},
+}
+MUST_DIVIDE = "CH"  # any other axis that does not divide stays whole: a vocabulary of 65, say
 
-    "auto" leaves the choice to JAX. Raises UserError for a platform that is not there.
+
+def make_mesh(
+    device: str = "auto", data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Any = None
+) -> Mesh:
+    """Return a mesh of these sizes over all devices of the platform in use, or the one of "cuda:1".
+
+    One of the sizes may be -1: what the others leave. Where there are several slices or nodes,
+    "tensor" is kept within one, and "fsdp" where it can. Raises UserError where they do not fit.
     """
-    platform = {"gpu": "cuda"}.get(device, device).split(":")[0]
-    if platform != "auto":
-        jax.config.update("jax_platforms", platform)
-    accelerated = entry_points(group="jax_plugins") or find_spec("libtpu")
-    if "cpu" in (platform, jax.config.values["jax_platforms"]) or not accelerated:
-        keep_freed_memory()
-    try:
-        jax.devices()
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(
-            f"device={device} is not there ({reason}): use --device=cpu, or install "
-            "gpt_jax[cuda] or gpt_jax[tpu] for the hardware at hand"
-        ) from None
-
-
-def keep_freed_memory() -> None:
-    """Let malloc keep what is freed, in one arena: where it is glibc's, before XLA's threads start.
-
-    XLA's CPU backend frees a step's arrays and asks for them again in the next. Given back to the
-    kernel in between, they come back page by page (docs/performance.md, "What was tried").
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt:
-        m_mmap_max, m_trim_threshold, m_arena_max = -4, -1, -8  # malloc.h
-        mallopt(m_mmap_max, 0)
-        mallopt(m_trim_threshold, 2**31 - 1)
-        mallopt(m_arena_max, 1)
-
-
-def make_mesh(device: str = "auto") -> Mesh:
-    """Return a mesh over all devices of the platform in use, or over the one of "cuda:1".
-
-    Its axis "data" shards the rows of a batch. Raises UserError for a device that is not there.
-    """
-    devices = jax.devices()
+    devices = jax.devices() if devices is None else devices
     if ":" in device:
         index = int(device.split(":")[1])
         if index >= len(devices):
@@ -61,31 +58,123 @@ def make_mesh(device: str = "auto") -> Mesh:
                 f"device={device}, but there are {len(devices)} devices: 0 is the first"
             )
         devices = devices[index : index + 1]
+    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    asked = " ".join(f"--{name}={size}" for name, size in sizes.items())
+    known = math.prod(size for size in sizes.values() if size != -1)
+    if 0 in sizes.values() or list(sizes.values()).count(-1) > 1:
+        raise UserError(f"{asked}: each must be 1 or more, or one of them -1 for the rest")
+    sizes = {name: len(devices) // known if n == -1 else n for name, n in sizes.items()}
+    n = math.prod(sizes.values())
+    several_hosts = len({d.process_index for d in devices}) > 1
+    if n > len(devices) or n == 0 or (n < len(devices) and (known != n or several_hosts)):
+        raise UserError(
+            f"{asked} does not fit the {len(devices)} devices there are: their product must be "
+            f"{len(devices)}"
+        )
+    grid = device_grid(tuple(sizes.values()), devices[:n])
     # Auto and not make_mesh's default: linen looks up sharded tables under it
-    return jax.make_mesh((len(devices),), ("data",), (AxisType.Auto,), devices=devices)
+    return Mesh(grid, tuple(sizes), axis_types=(AxisType.Auto,) * 3)
 
 
-def state_sharding(mesh: Mesh) -> NamedSharding:
-    """Return the layout of parameters and optimizer state: whole on every device."""
-    return NamedSharding(mesh, PartitionSpec())
+def device_grid(sizes: tuple[int, ...], devices: Any) -> np.ndarray:
+    """Return the devices as an array of these sizes, neighbours in the network next to each other.
+
+    Raises UserError where "tensor" would have to reach across slices or nodes.
+    """
+    slices = len({getattr(d, "slice_index", 0) for d in devices})
+    across_data = math.gcd(sizes[0], slices)
+    across = (across_data, slices // across_data, 1)
+    within = [size // n for size, n in zip(sizes, across, strict=True)]
+    if sizes[1] % across[1]:
+        raise UserError(
+            f"--tensor={sizes[2]} would reach across {slices} slices or nodes of "
+            f"{len(devices) // slices} devices: give a --tensor and --fsdp that fit in one"
+        )
+    if slices == 1:
+        return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    return mesh_utils.create_hybrid_device_mesh(
+        within, across, devices, allow_split_physical_axes=True
+    )
+
+
+def spec(mesh: Mesh, path: Any, leaf: Any) -> PartitionSpec:
+    """Return how the table cuts the leaf of a tree that ends in parameters' names; others: whole.
+
+    Raises UserError where a size does not divide.
+    """
+    name = "/".join(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
+    cuts = []
+    for (letter, axes), size in zip(LAYOUT[name].items() if name else (), leaf.shape, strict=True):
+        parts = math.prod(mesh.shape[axis] for axis in np.atleast_1d(axes)) if axes else 1
+        if size % parts and letter in MUST_DIVIDE:
+            fits = ", ".join(str(n) for n in range(1, size + 1) if size % n == 0)
+            raise UserError(
+                f"--{axes}={parts} does not divide {letter}={size} of {name}: choose from {fits}"
+            )
+        cuts.append(None if size % parts else axes)
+    return PartitionSpec(*cuts)
+
+
+def state_sharding(mesh: Mesh, tree: Any) -> Any:
+    """Return the layout of each leaf of parameters, optimizer state or TrainState, by the table.
+
+    The leaves need only a shape, as from jax.eval_shape. Raises UserError where a size does not
+    divide.
+    """
+
+    def sharding(path, leaf):
+        return NamedSharding(mesh, spec(mesh, path, leaf))
+
+    return jax.tree_util.tree_map_with_path(sharding, tree)
+
+
+def placed(mesh: Mesh, tree: Any) -> Any:
+    """Return a tree of shapes with the layout of each leaf, as Orbax and jit take them."""
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        tree,
+        state_sharding(mesh, tree),
+    )
+
+
+def gathered(mesh: Mesh | None, params: Any) -> Any:
+    """Return params as a jitted forward pass should read them: embeddings gathered along "fsdp".
+
+    The only hint XLA needs. Without it a lookup in the cut table makes activations that are cut
+    along C, and every product after it sums activations instead of gathering its weight.
+    """
+    if mesh is None:
+        return params
+
+    def whole(path, table):
+        cut = PartitionSpec(*(None if a == "fsdp" else a for a in spec(mesh, path, table)))
+        return jax.lax.with_sharding_constraint(table, NamedSharding(mesh, cut))
+
+    tables = {name: params[name] for name in ("wte", "wpe")}
+    return {**params, **jax.tree_util.tree_map_with_path(whole, tables)}
 
 
 def batch_sharding(mesh: Mesh, ndim: int) -> NamedSharding:
-    """Return the layout of a batch (..., B, T): rows spread over the devices."""
-    return NamedSharding(mesh, PartitionSpec(*[None] * (ndim - 2), "data", None))
+    """Return the layout of a batch (..., B, T): rows spread over "data" and "fsdp"."""
+    return NamedSharding(mesh, PartitionSpec(*[None] * (ndim - 2), ROWS, None))
+
+
+def row_shards(mesh: Mesh) -> int:
+    """Return the number of parts that the rows of a batch are spread over."""
+    return math.prod(mesh.shape[axis] for axis in ROWS)
 
 
 def micro_batches(config: TrainConfig, mesh: Mesh) -> tuple[int, int]:
     """Return (A, B), accumulation steps and rows of a micro-batch over all devices.
 
-    A * B is the same whatever the number of devices: they take accumulation steps first, as
-    nanoGPT's processes do, then rows. Raises UserError where the rows do not divide.
+    A * B is the same whatever the mesh: its row shards take accumulation steps first, as nanoGPT's
+    processes do, then rows. Raises UserError where the rows do not divide.
     """
-    steps, rows, devices = config.gradient_accumulation_steps, config.batch_size, mesh.size
-    shared = math.gcd(steps, devices)
-    if rows * shared % devices:
+    steps, rows, shards = config.gradient_accumulation_steps, config.batch_size, row_shards(mesh)
+    shared = math.gcd(steps, shards)
+    if rows * shared % shards:
         raise UserError(
             f"batch_size={rows} x gradient_accumulation_steps={steps} cannot be shared by "
-            f"{devices} devices: make batch_size a multiple of {devices // shared}"
+            f"{shards} devices (data x fsdp): make batch_size a multiple of {shards // shared}"
         )
     return steps // shared, rows * shared

@@ -9,8 +9,10 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 from jax import Array
+from jax.sharding import Mesh
 
 from gpt_jax.model import GPT
+from gpt_jax.sharding import gathered, state_sharding
 
 LARGEST_SCALE = 2.0**24
 SCALE_DOUBLES_AFTER = 2000  # updates without an overflow, as PyTorch's GradScaler
@@ -42,7 +44,7 @@ def init_state(
 
 
 def make_train_step(
-    model: GPT, tx: optax.GradientTransformation
+    model: GPT, tx: optax.GradientTransformation, mesh: Mesh | None = None
 ) -> Callable[[TrainState, Array, Array], tuple[TrainState, dict[str, Array]]]:
     """Return the jitted update ``step(state, tokens, targets) -> (state, metrics)``.
 
@@ -50,7 +52,8 @@ def make_train_step(
     makes one update. metrics are float32 scalars: "loss", the mean over all A in nats/token, and
     "grad_norm", the global norm before clipping. The state passed in is donated: do not use it
     again. With float16 an update whose gradient overflows is left out and the loss scale halved
-    (Micikevicius et al. 2018, "Mixed Precision Training"); it still counts as a step.
+    (Micikevicius et al. 2018, "Mixed Precision Training"); it still counts as a step. On a ``mesh``
+    the state comes laid out by sharding.py, and stays so.
     """
     half = model.config.dtype == "float16"
     deterministic = model.config.dropout == 0
@@ -65,9 +68,8 @@ def make_train_step(
 
             def scaled_loss(params):
                 rngs = None if deterministic else {"dropout": jax.random.fold_in(step_key, index)}
-                loss = model.apply(
-                    {"params": params}, x, y, deterministic, rngs=rngs, method="loss"
-                )
+                variables = {"params": gathered(mesh, params)}
+                loss = model.apply(variables, x, y, deterministic, rngs=rngs, method="loss")
                 return loss * scale, loss
 
             (_, loss), grads = jax.value_and_grad(scaled_loss, has_aux=True)(state.params)
@@ -83,7 +85,10 @@ def make_train_step(
         new = state.replace(params=params, opt_state=opt_state)  # pyright: ignore
         if half:
             new = rescale(state, new, jnp.isfinite(grad_norm))
-        return new.replace(step=state.step + 1), {"loss": loss / A, "grad_norm": grad_norm}
+        new = new.replace(step=state.step + 1)
+        if mesh is not None:
+            new = jax.lax.with_sharding_constraint(new, state_sharding(mesh, new))
+        return new, {"loss": loss / A, "grad_norm": grad_norm}
 
     return train_step
 

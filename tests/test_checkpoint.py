@@ -14,14 +14,23 @@ from gpt_jax import GPT, checkpoint
 from gpt_jax.config import TrainConfig
 from gpt_jax.errors import UserError
 from gpt_jax.optimizer import make_optimizer
-from gpt_jax.sharding import make_mesh, state_sharding
+from gpt_jax.sharding import batch_sharding, make_mesh, placed, state_sharding
 from gpt_jax.tokenizer import char_tokenizer
 from gpt_jax.train_step import TrainState, init_state, make_train_step
 
 CONFIG = TrainConfig(n_layer=1, n_head=2, n_embd=16, block_size=8, bias=True, device="cpu")
 MODEL = GPT(CONFIG.model_config(20, "float32"))
 TX = make_optimizer(CONFIG)
-ONE, EIGHT = make_mesh("cpu:0"), make_mesh()
+ONE, EIGHT = make_mesh("cpu:0"), make_mesh(fsdp=4)
+MESHES = {
+    "1": ONE,
+    "data=8": make_mesh(),
+    "fsdp=8": make_mesh(fsdp=8),
+    "data=2": make_mesh(data=2),
+    "fsdp=4": make_mesh(data=1, fsdp=4),
+    "2x4": make_mesh(data=2, fsdp=4),
+    "2x2x2": make_mesh(data=2, fsdp=2, tensor=2),
+}
 META = {
     "iter": 1,
     "best_val_loss": 1.5,
@@ -53,7 +62,7 @@ def real_state(mesh, seed=0):
         return random.uniform(0.01, 0.1, x.shape).astype(x.dtype)
 
     state = jax.tree.map(leaf, shapes()).replace(loss_scale=np.float32(4096))
-    return jax.device_put(state, state_sharding(mesh))
+    return jax.device_put(state, state_sharding(mesh, state))
 
 
 def small_state(number=0):
@@ -96,16 +105,17 @@ def run(tmp_path_factory):
     return out_dir, plain(state)
 
 
-@pytest.mark.parametrize("mesh", [ONE, EIGHT], ids=["one", "eight"])
-def test_a_state_comes_back_bit_for_bit_on_any_number_of_devices(run, mesh):
+@pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES)
+def test_a_state_comes_back_bit_for_bit_on_any_mesh(run, mesh):
     """T8, T11, C11: moments, counters, key and loss scale included, which nanoGPT loses."""
     out_dir, saved = run
-    state = checkpoint.restore(out_dir, 600, shapes(), state_sharding(mesh))
+    state = checkpoint.restore(out_dir, 600, placed(mesh, shapes()))
     assert_same(plain(state), saved)
     assert jnp.issubdtype(state.key.dtype, jax.dtypes.prng_key)
     assert float(state.loss_scale) == 4096
-    for leaf in jax.tree.leaves(state.params) + jax.tree.leaves(state.opt_state):
-        assert leaf.sharding.is_equivalent_to(state_sharding(mesh), leaf.ndim)
+    layouts = jax.tree.leaves(state_sharding(mesh, state))
+    for leaf, layout in zip(jax.tree.leaves(state), layouts, strict=True):
+        assert leaf.sharding.is_equivalent_to(layout, leaf.ndim)
 
 
 def test_a_state_saved_from_one_device_comes_back_on_eight(tmp_path):
@@ -114,7 +124,7 @@ def test_a_state_saved_from_one_device_comes_back_on_eight(tmp_path):
     manager = checkpoint.open_checkpoints(str(tmp_path), 1)
     checkpoint.save(manager, state, META, None)
     manager.close()
-    back = checkpoint.restore(str(tmp_path), 1, shapes(), state_sharding(EIGHT))
+    back = checkpoint.restore(str(tmp_path), 1, placed(EIGHT, shapes()))
     assert_same(plain(back), plain(state))
 
 
@@ -151,7 +161,7 @@ def test_training_on_while_a_save_runs_does_not_change_what_is_saved(tmp_path):
     state = real_state(ONE, seed=5)
     saved = plain(state)
     step = make_train_step(MODEL, TX)
-    tokens = jax.device_put(np.arange(16, dtype=np.int32).reshape(1, 2, 8), state_sharding(ONE))
+    tokens = jax.device_put(np.arange(16, dtype=np.int32).reshape(1, 2, 8), batch_sharding(ONE, 3))
     manager = checkpoint.open_checkpoints(str(tmp_path), 1)
     before = state
     checkpoint.save(manager, state, META, None)
@@ -160,7 +170,7 @@ def test_training_on_while_a_save_runs_does_not_change_what_is_saved(tmp_path):
     assert before.params["wte"]["weight"].is_deleted()
     assert not np.array_equal(state.params["wte"]["weight"], saved.params["wte"]["weight"])
     manager.close()
-    back = checkpoint.restore(str(tmp_path), 1, shapes(), state_sharding(ONE))
+    back = checkpoint.restore(str(tmp_path), 1, placed(ONE, shapes()))
     assert_same(plain(back), saved)
 
 

@@ -6,6 +6,7 @@ import math
 import jax
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from gpt_jax import data
 from gpt_jax.data import (
@@ -19,7 +20,7 @@ from gpt_jax.data import (
     window_starts,
 )
 from gpt_jax.errors import UserError
-from gpt_jax.sharding import batch_sharding, make_mesh, state_sharding
+from gpt_jax.sharding import batch_sharding, make_mesh
 
 ONE = make_mesh("cpu:0")
 
@@ -161,7 +162,7 @@ def test_rows_spread_over_eight_devices_are_the_rows_of_one(split):
     one = place(split, starts, batch_sharding(ONE, 3))
     mesh = make_mesh()
     eight = place(split, starts, batch_sharding(mesh, 3))
-    whole = place(split, starts, state_sharding(mesh))
+    whole = place(split, starts, NamedSharding(mesh, PartitionSpec()))
     for a, b, c in zip(one, eight, whole, strict=True):
         assert {shard.data.shape for shard in b.addressable_shards} == {(2, 2, 10)}
         np.testing.assert_array_equal(a, b)

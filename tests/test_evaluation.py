@@ -39,7 +39,7 @@ def split(tmp_path_factory):
 
 
 def run(params, split, starts, batch_size, mesh=ONE, tokenizer=None):
-    params = jax.device_put(params, state_sharding(mesh))
+    params = jax.device_put(params, state_sharding(mesh, params))
     return evaluate(EVAL_STEP, params, split, starts, batch_size, mesh, tokenizer)
 
 
@@ -142,7 +142,7 @@ def test_targets_of_minus_one_are_not_counted(params):
     y = np.full((4, T), -1, np.int32)
     y[0, 3] = 2
     x, y = jax.device_put((x, y), batch_sharding(ONE, 2))
-    nats, count = EVAL_STEP(jax.device_put(params, state_sharding(ONE)), x, y)
+    nats, count = EVAL_STEP(jax.device_put(params, state_sharding(ONE, params)), x, y)
     logits = np.asarray(FORWARD({"params": params}, np.zeros((1, T), np.int32))[0, 3], np.float64)
     assert count == 1
     assert float(nats) == pytest.approx(np.log(np.exp(logits).sum()) - logits[2], rel=1e-5)

@@ -9,12 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
 from gpt_jax import GPT, GPTConfig, checkpoint, load
 from gpt_jax.config import TrainConfig
 from gpt_jax.errors import UserError
 from gpt_jax.pretrained import product_dtype
-from gpt_jax.sharding import make_mesh, state_sharding
+from gpt_jax.sharding import make_mesh
 from gpt_jax.tokenizer import char_tokenizer
 from gpt_jax.train_step import TrainState
 
@@ -95,9 +96,10 @@ def test_a_run_is_computed_in_the_dtype_asked_for_whatever_it_was_trained_in(run
 
 
 def test_parameters_are_laid_out_as_asked(run):
-    one, eight = load(run)[1], load(run, sharding=state_sharding(make_mesh()))[1]
+    one, eight = load(run)[1], load(run, mesh=make_mesh(fsdp=2))[1]
     assert len(one["wte"]["weight"].sharding.device_set) == 1
     assert len(eight["wte"]["weight"].sharding.device_set) == 8
+    assert eight["wpe"]["weight"].sharding.spec == PartitionSpec(None, "fsdp")
     jax.tree.map(np.testing.assert_array_equal, one, eight)
 
 

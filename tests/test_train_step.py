@@ -188,8 +188,9 @@ def test_dropout_differs_from_micro_batch_to_micro_batch():
 
 def run(model, mesh, steps):
     """Return (state, losses) of a run whose batches are spread over a mesh."""
-    step = make_train_step(model, ADAMW)
-    state = jax.device_put(state_of(ADAMW), state_sharding(mesh))
+    step = make_train_step(model, ADAMW, mesh)
+    state = state_of(ADAMW)
+    state = jax.device_put(state, state_sharding(mesh, state))
     losses = []
     for seed in range(steps):
         tokens, targets = jax.device_put(batch(2, 8, seed), batch_sharding(mesh, 3))
@@ -214,13 +215,27 @@ def test_the_same_seed_makes_the_same_bits_on_eight_devices_with_dropout():  # C
     np.testing.assert_array_equal(losses, losses_again)
 
 
-def test_eight_devices_make_the_losses_of_one():  # C12, T2
-    _, eight = run(MODEL, make_mesh(), 20)
-    one, state = [], state_of(ADAMW)
+@pytest.fixture(scope="module")
+def one():
+    """The losses of twenty steps on one device."""
+    losses, state = [], state_of(ADAMW)
     for seed in range(20):
         state, metrics = STEP(state, *batch(2, 8, seed))
-        one.append(float(metrics["loss"]))
-    assert np.abs(eight - one).max() <= 5e-6
+        losses.append(float(metrics["loss"]))
+    return losses
+
+
+@pytest.mark.parametrize(
+    "sizes", [(8, 1, 1), (1, 8, 1), (4, 2, 1), (2, 2, 2), (4, 1, 2), (1, 1, 2)], ids=str
+)
+def test_any_mesh_makes_the_losses_of_one_device(one, sizes):  # C12, T2
+    mesh = make_mesh("auto", *sizes)
+    state, losses = run(MODEL, mesh, 20)
+    assert np.abs(losses - one).max() <= 5e-6
+    for leaf, layout in zip(
+        jax.tree.leaves(state), jax.tree.leaves(state_sharding(mesh, state)), strict=True
+    ):
+        assert leaf.sharding.is_equivalent_to(layout, leaf.ndim)
     assert one[0] - one[-1] > 1e-3  # it did learn, so a wrong update would have shown
 
 

@@ -5,6 +5,7 @@ One layer over another: defaults < the saved run (when it is resumed) < config f
 
 import json
 import os
+import tempfile
 import textwrap
 from contextlib import suppress
 from dataclasses import fields
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt_jax.commandline.files import PRESETS, read_config, suggest
-from gpt_jax.config import Checked, LoadConfig, T, TrainConfig, typed
+from gpt_jax.config import Checked, Hardware, LoadConfig, T, TrainConfig, typed
 from gpt_jax.errors import UserError
 
 BOOLS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
@@ -30,7 +31,8 @@ def saved_run(out_dir: str) -> dict[str, Any]:
         raise UserError(f"{path!r} is not a saved run ({error}): use another --out_dir") from None
     kinds = {f.name: f.type for f in fields(TrainConfig)}
     # What to do now is not for the saved run to say, nor where it is now: it may have been moved.
-    del kinds["eval_only"], kinds["out_dir"]
+    for now in ("eval_only", "out_dir", "coordinator_address", "num_processes", "process_id"):
+        del kinds[now]
     saved = {k: typed(k, v, kinds[k], f"{path}: ") for k, v in saved.items() if k in kinds}
     return saved | {"out_dir": out_dir}
 
@@ -89,13 +91,18 @@ def usage(kind: type[Checked]) -> str:
     lines = [f"usage: {kind.command} [CONFIG ...] [--key=value ...]", "", kind.__doc__ or "", ""]
     lines += textwrap.wrap(f"CONFIG: a file of assignments, or one of {', '.join(PRESETS)}.", 100)
     lines += [f"Without one: {kind.preset or 'the defaults'}."]
-    for f in fields(kind):
+    for f in in_order(kind):
         if f.metadata["group"]:
             lines += ["", f.metadata["group"]]
         shown = repr(f.default) if f.default in ("", "\n") else f.default
         choices = f" ({f.metadata['choices']})" if "choices" in f.metadata else ""
         lines.append(f"  {f'--{f.name}={shown}':34} {f.metadata['help']}{choices}")
     return "\n".join(lines)
+
+
+def in_order(kind: type[Checked]) -> list[Any]:
+    """Return the fields of a config, those that all commands share last."""
+    return sorted(fields(kind), key=lambda f: f.name in Hardware.__annotations__)
 
 
 def notes(config: TrainConfig | LoadConfig) -> list[str]:
@@ -109,7 +116,7 @@ def notes(config: TrainConfig | LoadConfig) -> list[str]:
 
 def compact(config: Checked) -> str:
     """Return the keys that differ from their defaults, in lines of at most 100 columns."""
-    pairs = [(f, getattr(config, f.name)) for f in fields(config)]
+    pairs = [(f, getattr(config, f.name)) for f in in_order(type(config))]
     return textwrap.fill(" ".join(f"{f.name}={v!r}" for f, v in pairs if v != f.default), 100)
 
 
@@ -117,3 +124,13 @@ def save_config(config: TrainConfig) -> None:
     """Write the resolved config to OUT_DIR/config.json."""
     path = Path(config.out_dir) / "config.json"
     path.write_text(json.dumps(vars(config), indent=1) + "\n", "utf-8")
+
+
+def make_writable(out_dir: str) -> None:
+    """Make the run's folder; UserError now, not at the first checkpoint, if it cannot be."""
+    try:
+        Path(out_dir).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out_dir):
+            pass
+    except OSError as error:
+        raise UserError(f"out_dir={out_dir} cannot be written: {error}") from None

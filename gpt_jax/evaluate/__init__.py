@@ -12,7 +12,8 @@ from gpt_jax.errors import exit_code
 from gpt_jax.evaluation import evaluate, make_eval_step
 from gpt_jax.prepare.dataset import for_dataset
 from gpt_jax.pretrained import load
-from gpt_jax.sharding import make_mesh, state_sharding, use_platform
+from gpt_jax.runtime import connected, use_platform
+from gpt_jax.sharding import make_mesh
 
 
 @dataclass(frozen=True)
@@ -31,12 +32,16 @@ def main(argv: list[str]) -> None:
     config = parse(argv, EvalConfig)
     for note in notes(config):
         print(note, file=sys.stderr)
+    with connected(config, "start the evaluation again"):
+        measure(config)
+
+
+def measure(config: EvalConfig) -> None:
+    """Evaluate, over all devices of all processes."""
     use_platform(config.device)
-    mesh = make_mesh(config.device)
+    mesh = make_mesh(config.device, config.data, config.fsdp, config.tensor)
     source = config.out_dir if config.init_from == "resume" else config.init_from
-    model, params, tokenizer = load(
-        source, step=config.step, dtype=config.dtype, sharding=state_sharding(mesh)
-    )
+    model, params, tokenizer = load(source, step=config.step, dtype=config.dtype, mesh=mesh)
     dataset = config.dataset
     if not dataset and config.init_from == "resume":
         number = checkpoint.choose(source, config.step)
@@ -44,7 +49,7 @@ def main(argv: list[str]) -> None:
         print(f"{source}, iteration {number}, on {dataset}", file=sys.stderr)
     folder = Path(config.data_dir) / (dataset or "openwebtext")
     _, _, dtype = for_dataset(folder)
-    eval_step = make_eval_step(model)
+    eval_step = make_eval_step(model, mesh)
     for name in ("train", "val") if config.split == "all" else (config.split,):
         split = open_split(folder, name, model.config.vocab_size, dtype, model.config.block_size)
         starts = evaluation_starts(split)

@@ -5,9 +5,7 @@ Their Conv1D holds (in, out), as our linear layers do, so nothing is transposed.
 
 from typing import Any
 
-import jax
 import numpy as np
-from jax.sharding import Sharding
 
 from gpt_jax.config import GPTConfig
 from gpt_jax.errors import UserError
@@ -45,8 +43,11 @@ def from_hugging_face(arrays: dict[str, np.ndarray], config: GPTConfig) -> dict[
     return from_state_dict(named, config)
 
 
-def load(name: str, dtype: str, sharding: Sharding) -> tuple[GPT, dict[str, Any], Tokenizer]:
-    """Return (model, params, tokenizer) of one of OpenAI's models, from the hub or its cache."""
+def load(name: str, dtype: str) -> tuple[GPT, dict[str, Any], Tokenizer]:
+    """Return (model, params, tokenizer) of one of OpenAI's models, from the hub or its cache.
+
+    The params are still numpy arrays.
+    """
     try:
         from huggingface_hub import hf_hub_download  # pyright: ignore[reportMissingImports]
         from safetensors.numpy import load_file  # pyright: ignore[reportMissingImports]
@@ -60,5 +61,4 @@ def load(name: str, dtype: str, sharding: Sharding) -> tuple[GPT, dict[str, Any]
     except Exception as error:  # whatever the network, the hub or the file has to say
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"init_from={name}: the weights cannot be had: {reason}") from None
-    params = jax.device_put(from_hugging_face(arrays, config), sharding)
-    return GPT(config), params, tiktoken_tokenizer("gpt2")
+    return GPT(config), from_hugging_face(arrays, config), tiktoken_tokenizer("gpt2")

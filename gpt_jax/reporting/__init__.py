@@ -1,13 +1,17 @@
 """What a run tells of itself: log lines, metrics.jsonl, Weights & Biases, a progress line."""
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+from jax.sharding import Mesh
+
 from gpt_jax.config import TrainConfig
 from gpt_jax.errors import UserError
+from gpt_jax.runtime import is_first
 
 
 class Report:
@@ -19,12 +23,12 @@ class Report:
     ):  # fmt: skip
         self.config, self.tokens_per_iter = config, tokens_per_iter
         self.flops, self.peak = flops, peak
-        self.path = Path(config.out_dir) / "metrics.jsonl"
+        self.path = Path(config.out_dir) / "metrics.jsonl" if is_first() else Path(os.devnull)
         keep_before(self.path, first)
         self.file = self.path.open("a", encoding="utf-8")
         self.live = sys.stdout.isatty()
         self.steps, self.speed = 0, 0.0
-        self.wandb = start_wandb(config, wandb_id) if config.wandb_log else None
+        self.wandb = start_wandb(config, wandb_id) if config.wandb_log and is_first() else None
         self.wandb_id = self.wandb.id if self.wandb else None
         self.since = time.perf_counter()
 
@@ -82,6 +86,13 @@ class Report:
             print("\r\033[K", end="", flush=True)
         if self.wandb:
             self.wandb.finish()
+
+
+def describe(mesh: Mesh) -> str:
+    """Return what a mesh is made of: "8 x TPU v5 lite (data 4, fsdp 2)"."""
+    sizes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1)
+    devices = f"{mesh.size} x {mesh.devices.flat[0].device_kind}"
+    return f"{devices} ({sizes})" if sizes else devices
 
 
 def duration(seconds: float) -> str:

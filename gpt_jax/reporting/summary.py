@@ -9,6 +9,7 @@ from gpt_jax.config import TrainConfig
 from gpt_jax.evaluation import Evaluation
 from gpt_jax.model import GPT
 from gpt_jax.plot import plot
+from gpt_jax.runtime import is_first
 from gpt_jax.sampling import generate
 from gpt_jax.tokenizer import Tokenizer
 
@@ -31,6 +32,8 @@ def summary(
             temperature=0.8,
         )
         print(f"a sample:\n---------------\n{tokenizer.decode(ids).strip()}\n---------------")
+    if not is_first():
+        return
     out = Path(config.out_dir)
     print(f"checkpoints: {out / 'checkpoints'}")
     print(f"metrics:     {out / 'metrics.jsonl'}")

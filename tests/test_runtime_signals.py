@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from gpt_jax.signals import Stop
+from gpt_jax.runtime.signals import Stop
 
 BOTH = (signal.SIGINT, signal.SIGTERM)
 

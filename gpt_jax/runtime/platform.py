@@ -1,0 +1,45 @@
+"""The platform that a process runs on."""
+
+import ctypes
+import sys
+from importlib.metadata import entry_points
+from importlib.util import find_spec
+
+import jax
+
+from gpt_jax.errors import UserError
+
+
+def use_platform(device: str) -> None:
+    """Choose the platform of a whole process, before anything touches a device: for scripts.
+
+    "auto" leaves the choice to JAX. Raises UserError for a platform that is not there.
+    """
+    platform = {"gpu": "cuda"}.get(device, device).split(":")[0]
+    if platform != "auto":
+        jax.config.update("jax_platforms", platform)
+    accelerated = entry_points(group="jax_plugins") or find_spec("libtpu")
+    if "cpu" in (platform, jax.config.values["jax_platforms"]) or not accelerated:
+        keep_freed_memory()
+    try:
+        jax.devices()
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"device={device} is not there ({reason}): use --device=cpu, or install "
+            "gpt_jax[cuda] or gpt_jax[tpu] for the hardware at hand"
+        ) from None
+
+
+def keep_freed_memory() -> None:
+    """Let malloc keep what is freed, in one arena: where it is glibc's, before XLA's threads start.
+
+    XLA's CPU backend frees a step's arrays and asks for them again in the next. Given back to the
+    kernel in between, they come back page by page (docs/performance.md, "What was tried").
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt:
+        m_mmap_max, m_trim_threshold, m_arena_max = -4, -1, -8  # malloc.h
+        mallopt(m_mmap_max, 0)
+        mallopt(m_trim_threshold, 2**31 - 1)
+        mallopt(m_arena_max, 1)

@@ -1,0 +1,192 @@
+"""Several processes, one run: how they find each other, agree, and end when one of them dies.
+
+Everything rests on JAX's own runtime (jax.distributed): its detection of the cluster, and its
+coordination service as a blackboard and a barrier. In a run of one process every function here
+returns at once.
+"""
+
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import count
+from typing import Any
+
+import jax
+from jax._src.distributed import global_state  # its client has no public name yet
+
+from gpt_jax.config import LoadConfig, TrainConfig
+from gpt_jax.errors import UserError
+
+SILENCE = 20  # seconds without a sign of life after which a process counts as dead
+PERIOD = 2  # seconds from one sign of life to the next
+BARRIER = 24 * 3600  # seconds: the dead are found by their silence, the slow are waited for
+MAY_DIFFER = {"process_id", "wandb_run_name"}  # keys that change nothing the processes share
+numbers = count()  # barriers and boards are used once: each gets a number, the same everywhere
+
+
+@contextmanager
+def connected(config: TrainConfig | LoadConfig, advice: str) -> Iterator[None]:
+    """Be one of the processes of a run, if there are several: a context for all that uses devices.
+
+    They are found by JAX (Cloud TPU, SLURM, Open MPI, Kubernetes) or named by the config. Only
+    process 0 keeps its stdout. Raises UserError where they are named in part or cannot be found,
+    and where their configs differ; leaves with 2 where they do not answer, and with 1, in a line
+    that ends in ``advice``, where one dies.
+    """
+    join(config)
+    if not global_state.client:
+        yield
+        return
+    over = threading.Event()
+    threading.Thread(target=watch, args=(over, advice), daemon=True, name="watch").start()
+    try:
+        if not is_first():
+            sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+        agree({name: value for name, value in vars(config).items() if name not in MAY_DIFFER})
+        yield
+        barrier()  # or the last to end would miss those that ended before
+    except UserError:
+        raise
+    except Exception as error:
+        # most likely a collective that has lost its other end: the watch will know which
+        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        time.sleep(SILENCE + 2 * PERIOD)
+        raise
+    finally:
+        over.set()
+
+
+def join(config: TrainConfig | LoadConfig) -> None:
+    """Start JAX's runtime of several processes, if there are several."""
+    if config.num_processes == 1:
+        return
+    named = named_processes(config)
+    # JAX's runtime ends a process that waits in vain by an abort with a stack trace
+    patience = threading.Timer(config.initialization_timeout, give_up, [config])
+    patience.daemon = True
+    patience.start()
+    try:
+        jax.distributed.initialize(
+            **named, initialization_timeout=config.initialization_timeout + 60
+        )
+    except Exception as error:  # whatever the cluster's own tools have to say
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        if "be defined" not in reason:
+            raise UserError(
+                f"the other processes cannot be found ({reason}): name them with "
+                "--coordinator_address, --num_processes and --process_id, or run this one alone "
+                "with --num_processes=1"
+            ) from None
+        missing = ", ".join(f"--{name}" for name, value in named.items() if value is None)
+        if len(missing.split()) < len(named):
+            raise UserError(
+                f"this is no cluster that JAX knows: to join processes by hand also give {missing}"
+            ) from None
+        return  # no cluster: this process is the run
+    finally:
+        patience.cancel()
+
+
+def named_processes(config: TrainConfig | LoadConfig) -> dict[str, Any]:
+    """Return what the config says of the processes, None where JAX is to find it."""
+    address, n, this = config.coordinator_address, config.num_processes, config.process_id
+    if address and not (address.rpartition(":")[0] and address.rpartition(":")[2].isdecimal()):
+        raise UserError(f"coordinator_address={address!r} is not HOST:PORT, 10.0.0.1:1234 say")
+    if n and this >= n:
+        raise UserError(f"process_id={this} is out of range: num_processes={n} count from 0")
+    return {
+        "coordinator_address": address or None,
+        "num_processes": n or None,
+        "process_id": None if this < 0 else this,
+    }
+
+
+def give_up(config: TrainConfig | LoadConfig) -> None:
+    """End this process, which has waited long enough for the others."""
+    where = config.coordinator_address or "the cluster's first process"
+    n = config.num_processes or "all"
+    leave(
+        2,
+        f"error: {n} processes have not met at {where} within initialization_timeout="
+        f"{config.initialization_timeout} s: start every one of them, with the same command but "
+        "for --process_id, where they can reach that address",
+    )
+
+
+def leave(code: int, line: str) -> None:
+    """End the process at once, from any thread, whatever its main thread waits for."""
+    print(line, file=sys.stderr, flush=True)
+    os._exit(code)
+
+
+def is_first() -> bool:
+    """Return whether this is the process that logs and writes, as one process alone is."""
+    return global_state.process_id == 0
+
+
+def barrier() -> None:
+    """Wait until every process has come to this line."""
+    if global_state.client:
+        global_state.client.wait_at_barrier(f"gpt_jax/{next(numbers)}", 1000 * BARRIER)
+
+
+def in_turn(work: Callable[[], None]) -> None:
+    """Do something in one process after the other: what one has made, the next finds there."""
+    for turn in range(global_state.num_processes):
+        if turn == global_state.process_id:
+            work()
+        barrier()
+
+
+def agree(facts: dict[str, Any]) -> None:
+    """Compare ``facts``, name to JSON value, over all processes; UserError in each if one differs.
+
+    Processes that do not run the same program on the same data hang, or worse, do not.
+    """
+    if not global_state.client:
+        return
+    board = f"gpt_jax/{next(numbers)}"
+    global_state.client.key_value_set(f"{board}/{global_state.process_id}", json.dumps(facts))
+    barrier()
+    said = {
+        int(key.rpartition("/")[2]): json.loads(text)
+        for key, text in global_state.client.key_value_dir_get(board)
+    }
+    for process in sorted(said):
+        for name, value in said[0].items():
+            if said[process].get(name) != value:
+                raise UserError(
+                    f"process {process} has {name}={said[process].get(name)!r}, but process 0 has "
+                    f"{name}={value!r}: start all with the same command, on the same files"
+                )
+
+
+def watch(over: threading.Event, advice: str) -> None:
+    """Give signs of life and look for the others', until it is ``over`` or one of them is dead."""
+    client: Any = global_state.client
+    board, n = "gpt_jax/alive", global_state.num_processes
+    this, host = global_state.process_id, socket.gethostname()
+    seen = {process: ("", time.monotonic(), "an unknown host") for process in range(n)}
+    for sign in count():
+        try:
+            client.key_value_set(f"{board}/{this}", f"{sign} {host}", allow_overwrite=True)
+            signs = dict(client.key_value_dir_get(board))
+        except Exception:
+            signs = {}  # the service is process 0's
+        if over.wait(PERIOD):
+            return
+        now = time.monotonic()
+        for key, text in signs.items():
+            process = int(key.rpartition("/")[2])
+            if text != seen[process][0]:
+                seen[process] = (text, now, text.partition(" ")[2])
+        silent = [process for process in range(n) if now - seen[process][1] > SILENCE]
+        if silent:
+            dead = silent if signs else [0]
+            who = ", ".join(f"process {process} on {seen[process][2]}" for process in dead)
+            leave(1, f"error: {who} has not been heard of for {SILENCE} s: {advice}")

@@ -1,0 +1,34 @@
+"""Which platform a process runs on."""
+
+import jax
+import pytest
+
+from gpt_jax.errors import UserError
+from gpt_jax.runtime import use_platform
+
+
+def test_a_platform_that_is_not_there_is_refused_in_one_line(monkeypatch):
+    asked = []
+
+    def none():
+        raise RuntimeError("Unknown backend: 'cuda'\nand a long trace")
+
+    monkeypatch.setattr(jax.config, "update", lambda *setting: asked.append(setting))
+    monkeypatch.setattr(jax, "devices", none)
+    monkeypatch.setattr(jax, "default_backend", none)
+    for device in ("cuda", "gpu", "cuda:1"):
+        with pytest.raises(UserError) as error:
+            use_platform(device)
+        assert str(error.value).startswith(f"device={device} is not there (Unknown backend: 'cuda'")
+        assert "--device=cpu" in str(error.value)
+        assert "\n" not in str(error.value)
+    assert asked == [("jax_platforms", "cuda")] * 3
+
+
+def test_auto_leaves_the_platform_to_jax(monkeypatch):
+    asked = []
+    monkeypatch.setattr(jax.config, "update", lambda *setting: asked.append(setting))
+    use_platform("auto")
+    assert not asked
+    use_platform("cpu")
+    assert asked == [("jax_platforms", "cpu")]
