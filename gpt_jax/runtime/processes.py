@@ -5,8 +5,10 @@ coordination service as a blackboard and a barrier. In a run of one process ever
 returns at once.
 """
 
+import ctypes
 import json
 import os
+import signal
 import socket
 import sys
 import threading
@@ -26,6 +28,7 @@ SILENCE = 20  # seconds without a sign of life after which a process counts as d
 PERIOD = 2  # seconds from one sign of life to the next
 BARRIER = 24 * 3600  # seconds: the dead are found by their silence, the slow are waited for
 MAY_DIFFER = {"process_id", "wandb_run_name"}  # keys that change nothing the processes share
+kept_alive: list[Any] = []  # what C code may still call
 numbers = count()  # barriers and boards are used once: each gets a number, the same everywhere
 
 
@@ -43,6 +46,8 @@ def connected(config: TrainConfig | LoadConfig, advice: str) -> Iterator[None]:
         yield
         return
     over = threading.Event()
+    on_abort(f"error: JAX's runtime has ended {name_of_this()} (its reason is above; most likely "
+             f"process 0 or its host has died): {advice}")  # fmt: skip
     threading.Thread(target=watch, args=(over, advice), daemon=True, name="watch").start()
     try:
         if not is_first():
@@ -122,6 +127,20 @@ def leave(code: int, line: str) -> None:
     """End the process at once, from any thread, whatever its main thread waits for."""
     print(line, file=sys.stderr, flush=True)
     os._exit(code)
+
+
+def on_abort(line: str) -> None:
+    """Have a last word where JAX's runtime aborts the process: it does when process 0 is gone."""
+    if sys.platform != "win32":
+        # Python's own signal handlers wait for the main thread, which is lost in a collective
+        kind = ctypes.CFUNCTYPE(None, ctypes.c_int)
+        kept_alive.append(kind(lambda _: leave(1, line)))
+        ctypes.CDLL(None).signal(signal.SIGABRT, kept_alive[-1])
+
+
+def name_of_this() -> str:
+    """Return what to call this process in a message."""
+    return f"process {global_state.process_id} on {socket.gethostname()}"
 
 
 def is_first() -> bool:
