@@ -7,6 +7,7 @@ the communication; all it is told is in this file.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -143,15 +144,45 @@ def gathered(mesh: Mesh | None, params: Any) -> Any:
     The only hint XLA needs. Without it a lookup in the cut table makes activations that are cut
     along C, and every product after it sums activations instead of gathering its weight.
     """
-    if mesh is None:
+    if mesh is None or mesh.shape["fsdp"] == 1:
         return params
 
-    def whole(path, table):
-        cut = PartitionSpec(*(None if a == "fsdp" else a for a in spec(mesh, path, table)))
-        return jax.lax.with_sharding_constraint(table, NamedSharding(mesh, cut))
+    def gather(path, table):
+        cut = spec(mesh, path, table)
+        whole = PartitionSpec(*(None if axis == "fsdp" else axis for axis in cut))
+
+        @jax.custom_vjp
+        def use(table):
+            return jax.lax.with_sharding_constraint(table, NamedSharding(mesh, whole))
+
+        def backward(_, gradient):  # cut again at once: a reduce-scatter, not an all-reduce
+            return (jax.lax.with_sharding_constraint(gradient, NamedSharding(mesh, cut)),)
+
+        use.defvjp(lambda table: (use(table), None), backward)
+        return use(table)
 
     tables = {name: params[name] for name in ("wte", "wpe")}
-    return {**params, **jax.tree_util.tree_map_with_path(whole, tables)}
+    return {**params, **jax.tree_util.tree_map_with_path(gather, tables)}
+
+
+def reduced_once(mesh: Mesh | None, sums_of: Callable) -> Callable:
+    """Return ``f(params, tokens, targets)``: the sums over rows of sums_of(..., shard) on a mesh.
+
+    tokens and targets are (A, B, T). Where every device holds all parameters each sums up its own
+    rows, ``shard`` (1,) being its number, and the devices' sums are added once: by itself XLA would
+    add them in each of the A steps.
+    """
+    if mesh is None or mesh.size == 1 or mesh.size > mesh.shape["data"]:
+        return lambda *batch: sums_of(*batch, np.zeros(1, np.int32))
+    rows, whole = PartitionSpec(None, "data"), PartitionSpec()
+    each = jax.shard_map(
+        lambda *batch: jax.lax.psum(sums_of(*batch), "data"),
+        mesh=mesh,
+        in_specs=(whole, rows, rows, PartitionSpec("data")),
+        out_specs=whole,
+        check_vma=False,
+    )
+    return lambda *batch: each(*batch, np.arange(mesh.size, dtype=np.int32))
 
 
 def batch_sharding(mesh: Mesh, ndim: int) -> NamedSharding:

@@ -12,7 +12,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 from gpt_jax.model import GPT
-from gpt_jax.sharding import gathered, state_sharding
+from gpt_jax.sharding import gathered, reduced_once, state_sharding
 
 LARGEST_SCALE = 2.0**24
 SCALE_DOUBLES_AFTER = 2000  # updates without an overflow, as PyTorch's GradScaler
@@ -62,22 +62,29 @@ def make_train_step(
     def train_step(state: TrainState, tokens: Array, targets: Array):
         scale = state.loss_scale if half else jnp.float32(1)
         step_key = jax.random.fold_in(state.key, state.step)
-
-        def micro_step(sums, batch):
-            index, x, y = batch
-
-            def scaled_loss(params):
-                rngs = None if deterministic else {"dropout": jax.random.fold_in(step_key, index)}
-                variables = {"params": gathered(mesh, params)}
-                loss = model.apply(variables, x, y, deterministic, rngs=rngs, method="loss")
-                return loss * scale, loss
-
-            (_, loss), grads = jax.value_and_grad(scaled_loss, has_aux=True)(state.params)
-            return jax.tree.map(jnp.add, sums, (loss, grads)), None
-
         A = tokens.shape[0]
-        zeros = (jnp.float32(0), jax.tree.map(jnp.zeros_like, state.params))
-        (loss, grads), _ = jax.lax.scan(micro_step, zeros, (jnp.arange(A), tokens, targets))
+        counts = jnp.maximum((targets >= 0).sum((1, 2)), 1)
+
+        def sums_of(params, tokens, targets, shard):
+            def micro_step(sums, batch):
+                index, x, y, count = batch
+                key = jax.random.fold_in(step_key, index + A * shard[0])
+
+                def scaled_loss(params):
+                    variables = {"params": gathered(mesh, params)}
+                    rngs = None if deterministic else {"dropout": key}
+                    nats, _ = model.apply(
+                        variables, x, y, deterministic, rngs=rngs, method="total_loss"
+                    )
+                    return nats / count * scale, nats / count
+
+                (_, loss), grads = jax.value_and_grad(scaled_loss, has_aux=True)(params)
+                return jax.tree.map(jnp.add, sums, (loss, grads)), None
+
+            zeros = (jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
+            return jax.lax.scan(micro_step, zeros, (jnp.arange(A), tokens, targets, counts))[0]
+
+        loss, grads = reduced_once(mesh, sums_of)(state.params, tokens, targets)
         grads = jax.tree.map(lambda g: g / (A * scale), grads)
         grad_norm = optax.tree.norm(grads)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
