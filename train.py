@@ -22,12 +22,13 @@ from gpt_jax.config import TrainConfig, parse
 from gpt_jax.data import batches, evaluation_starts, open_split
 from gpt_jax.errors import UserError, exit_code
 from gpt_jax.evaluation import Evaluation, evaluate, make_eval_step
-from gpt_jax.metrics import flops_per_token, peak_flops
+from gpt_jax.metrics import flops_per_token
 from gpt_jax.model import GPT, count_params, crop_block_size
 from gpt_jax.optimizer import decay_groups, learning_rate, make_optimizer
 from gpt_jax.prepare import prepare_on_first_use
 from gpt_jax.prepare.dataset import for_dataset
 from gpt_jax.pretrained import load, model_config, product_dtype
+from gpt_jax.reporting.peak import peak_flops
 from gpt_jax.reporting.summary import summary
 from gpt_jax.runtime import Stop, agree, barrier, connected, in_turn, is_first, use_platform
 from gpt_jax.sharding import (

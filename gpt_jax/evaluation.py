@@ -42,7 +42,8 @@ def make_eval_step(
     @jax.jit
     def eval_step(params: Any, tokens: Array, targets: Array) -> Any:
         variables = {"params": gathered(mesh, params)}
-        return model.apply(variables, tokens, targets, method="total_loss")
+        devices = 1 if mesh is None else mesh.size
+        return model.apply(variables, tokens, targets, True, devices, method="total_loss")
 
     return eval_step
 

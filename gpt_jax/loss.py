@@ -30,15 +30,16 @@ def cross_entropy(logits: Array, targets: Array) -> tuple[Array, Array]:
 
 
 def cross_entropy_of_projection(
-    x: Array, weight: Array, targets: Array, dtype: str, chunk: int = CHUNK
+    x: Array, weight: Array, targets: Array, dtype: str, chunk: int = CHUNK, devices: int = 1
 ) -> tuple[Array, Array]:
     """Return ``cross_entropy(project(x, weight), targets)`` with at most ``chunk`` logits alive.
 
-    x is (B, T, C), weight (V, C), targets (B, T). The pieces run along T, so that B can stay
-    sharded; each piece's logits are made again in the backward pass instead of kept.
+    x is (B, T, C), weight (V, C), targets (B, T). The logits are shared by ``devices``, on each of
+    which ``chunk`` may be alive. The pieces run along T, so that B can stay sharded; each piece's
+    logits are made again in the backward pass instead of kept.
     """
     B, T, C = x.shape
-    pieces = min(T, -(-B * T * weight.shape[0] // chunk))
+    pieces = min(T, -(-B * T * weight.shape[0] // (chunk * devices)))
     if pieces == 1:
         return cross_entropy(project(x, weight, dtype), targets)
     t = -(-T // pieces)

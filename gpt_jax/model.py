@@ -230,10 +230,14 @@ class GPT(nn.Module):
         total, count = self.total_loss(tokens, targets, deterministic)
         return total / jnp.maximum(count, 1)
 
-    def total_loss(self, tokens: Array, targets: Array, deterministic: bool = True):
-        """Return the summed cross-entropy in nats, and the number of targets it counts."""
+    def total_loss(self, tokens, targets, deterministic: bool = True, devices: int = 1):
+        """Return the summed cross-entropy in nats, and the number of targets it counts.
+
+        ``devices`` is the number of those that share the rows and the vocabulary.
+        """
         x, _ = self.features(tokens, deterministic=deterministic)
-        return cross_entropy_of_projection(x, self.wte.weight, targets, self.config.dtype)
+        dtype = self.config.dtype
+        return cross_entropy_of_projection(x, self.wte.weight, targets, dtype, devices=devices)
 
     def next_logits(self, tokens: Array, last: Array, positions=None, cache=None):
         """Return the logits, float32 (B, V), at index ``last`` (B,) of each row, and the cache."""

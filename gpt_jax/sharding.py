@@ -165,14 +165,19 @@ def gathered(mesh: Mesh | None, params: Any) -> Any:
     return {**params, **jax.tree_util.tree_map_with_path(gather, tables)}
 
 
+def sums_apart(mesh: Mesh | None) -> bool:
+    """Return whether each device can sum up its own rows by itself: it holds all parameters."""
+    return mesh is None or mesh.size == mesh.shape["data"]
+
+
 def reduced_once(mesh: Mesh | None, sums_of: Callable) -> Callable:
     """Return ``f(params, tokens, targets)``: the sums over rows of sums_of(..., shard) on a mesh.
 
-    tokens and targets are (A, B, T). Where every device holds all parameters each sums up its own
-    rows, ``shard`` (1,) being its number, and the devices' sums are added once: by itself XLA would
-    add them in each of the A steps.
+    tokens and targets are (A, B, T). Devices that can sum up their rows apart do so, ``shard`` (1,)
+    being the number of each, and their sums are added once: by itself XLA would add them in each
+    of the A steps.
     """
-    if mesh is None or mesh.size == 1 or mesh.size > mesh.shape["data"]:
+    if mesh is None or mesh.size == 1 or not sums_apart(mesh):
         return lambda *batch: sums_of(*batch, np.zeros(1, np.int32))
     rows, whole = PartitionSpec(None, "data"), PartitionSpec()
     each = jax.shard_map(

@@ -12,7 +12,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 from gpt_jax.model import GPT
-from gpt_jax.sharding import gathered, reduced_once, state_sharding
+from gpt_jax.sharding import gathered, reduced_once, state_sharding, sums_apart
 
 LARGEST_SCALE = 2.0**24
 SCALE_DOUBLES_AFTER = 2000  # updates without an overflow, as PyTorch's GradScaler
@@ -57,6 +57,7 @@ def make_train_step(
     """
     half = model.config.dtype == "float16"
     deterministic = model.config.dropout == 0
+    devices = 1 if mesh is None or sums_apart(mesh) else mesh.size
 
     @partial(jax.jit, donate_argnums=0)
     def train_step(state: TrainState, tokens: Array, targets: Array):
@@ -74,7 +75,7 @@ def make_train_step(
                     variables = {"params": gathered(mesh, params)}
                     rngs = None if deterministic else {"dropout": key}
                     nats, _ = model.apply(
-                        variables, x, y, deterministic, rngs=rngs, method="total_loss"
+                        variables, x, y, deterministic, devices, rngs=rngs, method="total_loss"
                     )
                     return nats / count * scale, nats / count
 

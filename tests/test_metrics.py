@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import pytest
 
 from gpt_jax.config import GPTConfig
-from gpt_jax.metrics import PEAK_FLOPS, flops_per_token, peak_flops
+from gpt_jax.metrics import flops_per_token
 from gpt_jax.model import GPT, count_params
+from gpt_jax.reporting.peak import PEAK_FLOPS, peak_flops
 
 GPT2_124M = GPTConfig(bias=False)  # from scratch: V = 50304
 
