@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from gpt_jax.data import Split, place
 from gpt_jax.errors import UserError
 from gpt_jax.model import GPT
-from gpt_jax.sharding import batch_sharding, gathered, row_shards
+from gpt_jax.sharding import batch_sharding, row_shards, total_loss
 from gpt_jax.tokenizer import Tokenizer
 
 
@@ -41,9 +41,7 @@ def make_eval_step(
 
     @jax.jit
     def eval_step(params: Any, tokens: Array, targets: Array) -> Any:
-        variables = {"params": gathered(mesh, params)}
-        devices = 1 if mesh is None else mesh.size
-        return model.apply(variables, tokens, targets, True, devices, method="total_loss")
+        return total_loss(mesh, model, params, tokens, targets)
 
     return eval_step
 

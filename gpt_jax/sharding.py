@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import flax.linen as nn
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
@@ -55,9 +56,7 @@ def make_mesh(
     if ":" in device:
         index = int(device.split(":")[1])
         if index >= len(devices):
-            raise UserError(
-                f"device={device}, but there are {len(devices)} devices: 0 is the first"
-            )
+            raise UserError(f"device={device}, but there are {len(devices)} devices, from 0 on")
         devices = devices[index : index + 1]
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
     asked = " ".join(f"--{name}={size}" for name, size in sizes.items())
@@ -131,21 +130,38 @@ def state_sharding(mesh: Mesh, tree: Any) -> Any:
 
 def placed(mesh: Mesh, tree: Any) -> Any:
     """Return a tree of shapes with the layout of each leaf, as Orbax and jit take them."""
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        tree,
-        state_sharding(mesh, tree),
-    )
+    return jax.tree.map(lambda x, s: x.update(sharding=s), tree, state_sharding(mesh, tree))
 
 
-def gathered(mesh: Mesh | None, params: Any) -> Any:
-    """Return params as a jitted forward pass should read them: embeddings gathered along "fsdp".
+def sums_apart(mesh: Mesh) -> bool:
+    """Return whether each device can sum up its own rows by itself: it holds all parameters."""
+    return mesh.size == mesh.shape["data"]
 
-    The only hint XLA needs. Without it a lookup in the cut table makes activations that are cut
-    along C, and every product after it sums activations instead of gathering its weight.
+
+def total_loss(mesh: Mesh | None, model: Any, params: Any, *batch: Any, rngs: Any = None) -> Any:
+    """Return model.total_loss of a batch, inside jit, with the two hints that XLA needs on a mesh.
+
+    Embeddings are gathered ahead of their use, and what comes out of a block keeps its rows where
+    they are. Else activations would be cut along C, and every product after that would sum them
+    instead of gathering its weight.
     """
-    if mesh is None or mesh.shape["fsdp"] == 1:
-        return params
+    if mesh is None or sums_apart(mesh):
+        return model.apply({"params": params}, *batch, rngs=rngs, method="total_loss")
+    rows = NamedSharding(mesh, PartitionSpec(ROWS))
+
+    def keep_rows(call, args, kwargs, context):
+        y = call(*args, **kwargs)
+        if type(context.module).__name__ == "Block":
+            return jax.lax.with_sharding_constraint(y[0], rows), y[1]
+        return y
+
+    variables = {"params": gathered(mesh, params)}
+    with nn.intercept_methods(keep_rows):
+        return model.apply(variables, *batch, rngs=rngs, devices=mesh.size, method="total_loss")
+
+
+def gathered(mesh: Mesh, params: Any) -> Any:
+    """Return params, inside jit, with the embeddings gathered along "fsdp"."""
 
     def gather(path, table):
         cut = spec(mesh, path, table)
@@ -155,19 +171,17 @@ def gathered(mesh: Mesh | None, params: Any) -> Any:
         def use(table):
             return jax.lax.with_sharding_constraint(table, NamedSharding(mesh, whole))
 
-        def backward(_, gradient):  # cut again at once: a reduce-scatter, not an all-reduce
-            return (jax.lax.with_sharding_constraint(gradient, NamedSharding(mesh, cut)),)
+        def backward(_, gradient):
+            # cut again at once: a reduce-scatter, not an all-reduce. Over more axes than "fsdp" XLA
+            # would hand the whole batch's gradient to every device instead
+            layout = cut if mesh.size == mesh.shape["fsdp"] else whole
+            return (jax.lax.with_sharding_constraint(gradient, NamedSharding(mesh, layout)),)
 
         use.defvjp(lambda table: (use(table), None), backward)
         return use(table)
 
     tables = {name: params[name] for name in ("wte", "wpe")}
     return {**params, **jax.tree_util.tree_map_with_path(gather, tables)}
-
-
-def sums_apart(mesh: Mesh | None) -> bool:
-    """Return whether each device can sum up its own rows by itself: it holds all parameters."""
-    return mesh is None or mesh.size == mesh.shape["data"]
 
 
 def reduced_once(mesh: Mesh | None, sums_of: Callable) -> Callable:

@@ -12,7 +12,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 from gpt_jax.model import GPT
-from gpt_jax.sharding import gathered, reduced_once, state_sharding, sums_apart
+from gpt_jax.sharding import reduced_once, state_sharding, total_loss
 
 LARGEST_SCALE = 2.0**24
 SCALE_DOUBLES_AFTER = 2000  # updates without an overflow, as PyTorch's GradScaler
@@ -57,7 +57,6 @@ def make_train_step(
     """
     half = model.config.dtype == "float16"
     deterministic = model.config.dropout == 0
-    devices = 1 if mesh is None or sums_apart(mesh) else mesh.size
 
     @partial(jax.jit, donate_argnums=0)
     def train_step(state: TrainState, tokens: Array, targets: Array):
@@ -72,11 +71,8 @@ def make_train_step(
                 key = jax.random.fold_in(step_key, index + A * shard[0])
 
                 def scaled_loss(params):
-                    variables = {"params": gathered(mesh, params)}
                     rngs = None if deterministic else {"dropout": key}
-                    nats, _ = model.apply(
-                        variables, x, y, deterministic, devices, rngs=rngs, method="total_loss"
-                    )
+                    nats, _ = total_loss(mesh, model, params, x, y, deterministic, rngs=rngs)
                     return nats / count * scale, nats / count
 
                 (_, loss), grads = jax.value_and_grad(scaled_loss, has_aux=True)(params)

@@ -247,7 +247,6 @@ def test_only_the_embeddings_are_gathered_ahead_of_their_use():
         jax.tree.map(lambda a, b: a.sharding.is_equivalent_to(b.sharding, a.ndim),
                      used["h"], params["h"])
     )  # fmt: skip
-    assert gathered(None, params) is params
 
 
 # --- how devices share an update
