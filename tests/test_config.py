@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from gpt_jax import config as config_module
-from gpt_jax.commandline import compact, notes, usage
+from gpt_jax.commandline import compact, in_order, notes, save_config, usage
 from gpt_jax.commandline.files import PRESETS
 from gpt_jax.config import GPTConfig, SampleConfig, TrainConfig, parse
 from gpt_jax.errors import UserError
@@ -75,6 +75,13 @@ OURS = {
     "remat": "none",
     "scan_layers": False,
     "peak_flops": 0.0,
+    "data": -1,
+    "fsdp": 1,
+    "tensor": 1,
+    "coordinator_address": "",
+    "num_processes": 0,
+    "process_id": -1,
+    "initialization_timeout": 120,
     "sample_tokens": 0,
 }
 EVAL = {"batch_size": 8, "eval_iters": 500, "eval_only": True, "wandb_log": False}
@@ -182,7 +189,7 @@ def has(config, values: dict) -> bool:
 def test_nanogpts_keys_have_nanogpts_defaults_in_nanogpts_order():
     values = dataclasses.asdict(TrainConfig())
     assert {k: v for k, v in values.items() if k not in OURS} == NANOGPT_TRAIN
-    assert [k for k in values if k not in OURS] == list(NANOGPT_TRAIN)
+    assert [f.name for f in in_order(TrainConfig) if f.name not in OURS] == list(NANOGPT_TRAIN)
 
 
 def test_our_own_keys_have_their_defaults():
@@ -227,7 +234,23 @@ def test_sampling_has_nanogpts_defaults_and_ours():
         "stop": "",
         "step": "",
         "data_dir": "data",
+        "data": 1,
+        "fsdp": 1,
+        "tensor": 1,
+        "coordinator_address": "",
+        "num_processes": 0,
+        "process_id": -1,
+        "initialization_timeout": 120,
     }
+
+
+def test_a_resumed_run_does_not_look_for_the_hosts_of_the_one_before(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    hosts = {"coordinator_address": "h:1", "num_processes": 4, "process_id": 3}
+    save_config(dataclasses.replace(TrainConfig(), out_dir=".", fsdp=4, **hosts))
+    config = parse(["--init_from=resume", "--out_dir=."])
+    assert (config.coordinator_address, config.num_processes, config.process_id) == ("", 0, -1)
+    assert config.fsdp == 4
 
 
 def test_evaluating_measures_the_validation_split_of_the_runs_own_data():

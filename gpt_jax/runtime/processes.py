@@ -81,18 +81,21 @@ def join(config: TrainConfig | LoadConfig) -> None:
         )
     except Exception as error:  # whatever the cluster's own tools have to say
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        if "be defined" not in reason:
+        missing = [f"--{name}" for name, value in named.items() if value is None]
+        # no cluster was found, or (in a notebook) it is too late to look for one
+        alone = "be defined" in reason or "must be called before" in reason
+        if alone and len(missing) == len(named):
+            return
+        if "be defined" in reason:
             raise UserError(
-                f"the other processes cannot be found ({reason}): name them with "
-                "--coordinator_address, --num_processes and --process_id, or run this one alone "
-                "with --num_processes=1"
+                "this is no cluster that JAX knows: to join processes by hand also give "
+                + ", ".join(missing)
             ) from None
-        missing = ", ".join(f"--{name}" for name, value in named.items() if value is None)
-        if len(missing.split()) < len(named):
-            raise UserError(
-                f"this is no cluster that JAX knows: to join processes by hand also give {missing}"
-            ) from None
-        return  # no cluster: this process is the run
+        raise UserError(
+            f"the other processes cannot be found ({reason}): name them with "
+            "--coordinator_address, --num_processes and --process_id, or run this one alone with "
+            "--num_processes=1"
+        ) from None
     finally:
         patience.cancel()
 
