@@ -231,6 +231,23 @@ def test_samples_are_nanogpts_and_the_same_on_a_terminal(monkeypatch, capsys):
     assert shown.decode().replace("\r\n", "\n") == piped
 
 
+def test_a_run_on_a_mesh_is_sampled_and_evaluated_on_one_as_on_a_single_device(monkeypatch, capsys):
+    mesh = ["--fsdp=2", "--tensor=2"]
+    assert run(train, monkeypatch, *TINY, *mesh, "--dropout=0") == 0
+    assert "8 x cpu (data 2, fsdp 2, tensor 2)" in capsys.readouterr().out
+    assert run(train, monkeypatch, *TINY, "--data=1", "--dropout=0", "--out_dir=one") == 0
+    together, one = losses("out"), losses("one")
+    assert max(abs(together[i] - one[i]) for i in range(10)) <= 5e-6
+    capsys.readouterr()
+    said = []
+    for flags in ([], mesh, ["--fsdp=4"]):
+        text = ["--start=line", "--num_samples=2", "--max_new_tokens=20"]
+        assert run(sample, monkeypatch, *text, *flags) == 0
+        assert run(evaluate, monkeypatch, *flags) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] == said[2]
+
+
 def test_evaluate_prints_one_line_a_split(monkeypatch, capsys):
     run(train, monkeypatch, *TINY)
     capsys.readouterr()
@@ -276,6 +293,10 @@ BAD = {
     "unwritable out_dir": (["--out_dir=text.txt/out"], None, "out_dir=text.txt/out cannot be"),
     "nothing to resume": (["--init_from=resume", "--out_dir=no"], None, "no checkpoint"),
     "unknown device": (["--device=abacus"], None, "device='abacus' is not one of"),
+    "too many devices": (["--fsdp=16"], None, "--data=-1 --fsdp=16 --tensor=1 does not fit the 8"),
+    "two sizes open": (["--fsdp=-1"], None, "or one of them -1 for the rest"),
+    "heads on devices": (["--tensor=8"], None, "--tensor=8 does not divide H=2 of h/attn/c_attn"),
+    "another mesh of hosts": (["--process_id=4", "--num_processes=2"], None, "process_id=4 is out"),
     "indivisible": (["--batch_size=3"], None, "batch_size=3 x gradient_accumulation_steps=2"),
 }
 

@@ -15,6 +15,7 @@ import pytest
 
 from gpt_jax.config import SampleConfig, TrainConfig, parse
 from gpt_jax.evaluate import EvalConfig
+from gpt_jax.plan import PlanConfig
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "gpt_jax"
@@ -246,5 +247,5 @@ def test_every_packaged_preset_parses_by_name_and_by_nanogpts_path(path, tmp_pat
 
 def test_every_command_parses_with_nothing_said(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for kind in (TrainConfig, SampleConfig, EvalConfig):
+    for kind in (TrainConfig, SampleConfig, EvalConfig, PlanConfig):
         assert isinstance(parse([], kind), kind)
