@@ -59,7 +59,7 @@ def train(config: TrainConfig) -> None:
     if resumed is not None:
         meta = checkpoint.read_meta(config.out_dir, resumed)
         refuse_another_run(config, meta["config"])
-    if not config.eval_only and is_first():
+    if not config.eval_only:
         make_writable(config.out_dir)
 
     # ---- 2. What it reads -----------------------------------------------------------------------

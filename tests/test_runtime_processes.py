@@ -194,6 +194,26 @@ sys.exit(main())
     assert [(code, last) for code, _, last in done] == [(2, line)] * 2
 
 
+def test_an_out_dir_that_is_not_shared_is_refused_before_anything_is_trained(start):
+    """Each host would save its part of every checkpoint to its own disk."""
+    Path("other").mkdir()
+    program = Path("program.py")
+    program.write_text("""
+import os, sys
+if "--process_id=1" in sys.argv:
+    os.chdir("other")
+import train
+sys.exit(train.main())
+""")
+    line = (
+        "error: process 1 does not see what process 0 writes to out_dir=out: "
+        "put it on a disk that all hosts share"
+    )
+    done = ends(start(2, program, *TINY, f"--data_dir={Path('data').absolute()}"))
+    assert [(code, last) for code, _, last in done] == [(2, line)] * 2
+    assert not list(Path("out").iterdir())
+
+
 def test_a_thousand_batches_are_the_same_however_many_processes_read_them(start):
     """C10: each reads the rows of its own devices; together they are those of one."""
     program = Path("program.py")

@@ -15,6 +15,7 @@ from typing import Any
 from gpt_jax.commandline.files import PRESETS, read_config, suggest
 from gpt_jax.config import Checked, Hardware, LoadConfig, T, TrainConfig, typed
 from gpt_jax.errors import UserError
+from gpt_jax.runtime import all_see, is_first
 
 BOOLS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 READERS = {int: float, float: float, bool: lambda text: BOOLS[text.lower()], str: str}
@@ -129,8 +130,10 @@ def save_config(config: TrainConfig) -> None:
 def make_writable(out_dir: str) -> None:
     """Make the run's folder; UserError now, not at the first checkpoint, if it cannot be."""
     try:
-        Path(out_dir).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out_dir):
-            pass
+        if is_first():
+            Path(out_dir).mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=out_dir):
+                pass
     except OSError as error:
         raise UserError(f"out_dir={out_dir} cannot be written: {error}") from None
+    all_see(out_dir)

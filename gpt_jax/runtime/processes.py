@@ -6,8 +6,10 @@ returns at once.
 """
 
 import ctypes
+import itertools
 import json
 import os
+import secrets
 import signal
 import socket
 import sys
@@ -16,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -165,27 +168,47 @@ def in_turn(work: Callable[[], None]) -> None:
         barrier()
 
 
+def gather(fact: Any) -> list[Any]:
+    """Return what each process has called this with, a JSON value, by process."""
+    if not global_state.client:
+        return [fact]
+    board = f"gpt_jax/{next(numbers)}"
+    global_state.client.key_value_set(f"{board}/{global_state.process_id}", json.dumps(fact))
+    barrier()
+    said = dict(global_state.client.key_value_dir_get(board))
+    return [json.loads(said[f"{board}/{p}"]) for p in range(global_state.num_processes)]
+
+
 def agree(facts: dict[str, Any]) -> None:
     """Compare ``facts``, name to JSON value, over all processes; UserError in each if one differs.
 
     Processes that do not run the same program on the same data hang, or worse, do not.
     """
-    if not global_state.client:
-        return
-    board = f"gpt_jax/{next(numbers)}"
-    global_state.client.key_value_set(f"{board}/{global_state.process_id}", json.dumps(facts))
-    barrier()
-    said = {
-        int(key.rpartition("/")[2]): json.loads(text)
-        for key, text in global_state.client.key_value_dir_get(board)
-    }
-    for process in sorted(said):
-        for name, value in said[0].items():
-            if said[process].get(name) != value:
-                raise UserError(
-                    f"process {process} has {name}={said[process].get(name)!r}, but process 0 has "
-                    f"{name}={value!r}: start all with the same command, on the same files"
-                )
+    said = gather(facts)
+    for process, name in itertools.product(range(len(said)), facts):
+        if said[process].get(name) != said[0].get(name):
+            raise UserError(
+                f"process {process} has {name}={said[process].get(name)!r}, but process 0 has "
+                f"{name}={said[0].get(name)!r}: start all with the same command, on the same files"
+            )
+
+
+def all_see(out_dir: str) -> None:
+    """Raise UserError in every process if one does not see what process 0 writes to a folder.
+
+    Of a checkpoint that lies in parts on the disks of several hosts nothing can be restored.
+    """
+    mark = f".{secrets.token_hex(8)}" if is_first() else ""
+    if mark:
+        Path(out_dir, mark).touch()
+    seen = gather(Path(out_dir, gather(mark)[0]).exists())
+    if mark:
+        Path(out_dir, mark).unlink()
+    if not all(seen):
+        raise UserError(
+            f"process {seen.index(False)} does not see what process 0 writes to out_dir={out_dir}: "
+            "put it on a disk that all hosts share"
+        )
 
 
 def watch(over: threading.Event, advice: str) -> None:
