@@ -66,6 +66,11 @@ def module(body, more=""):
             Collective("all-gather", 72, 1, ("f32[16]", "s8[8]"), 4),
         ),
         (
+            "  %s = ((bf16[50304,768]{0,1}), bf16[50304,384]{0,1}) reduce-scatter-start(%p), "
+            "replica_groups=mesh['axis_0'=1,'axis_1'=2] {'axis_1'}, dimensions={1}",
+            Collective("reduce-scatter", 2 * 50304 * 384, 1, ("bf16[50304,384]",), 2),
+        ),
+        (
             "  %s = (f32[4]{0}, bf16[2]{0}) all-reduce-start(%p, %q), replica_groups={{0,1}}",
             Collective("all-reduce", 20, 1, ("f32[4]", "bf16[2]"), 2),
         ),

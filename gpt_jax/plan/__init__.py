@@ -23,6 +23,7 @@ from gpt_jax.runtime import use_platform
 from gpt_jax.sharding import make_mesh, micro_batches, row_shards
 
 PATIENCE = 105  # seconds after which no further settings are compiled, only estimated
+DEEP = 24  # layers, beyond which a TPU's compiler is given a rolled loop
 DAY = 86400  # seconds
 FIRST_SHARE = 0.75  # XLA's own share of a GPU's memory, unless told otherwise
 
@@ -59,6 +60,12 @@ def plan(config: PlanConfig, target: Target) -> dict[str, Any]:
         notes += [
             f"train.py would refuse these rows, which {row_shards(mesh)} devices cannot share: "
             f"planned with {flags(instead)}, {rows} rows, the nearest that they can"
+        ]
+    if target.platform == "tpu" and config.n_layer > DEEP and not config.scan_layers:
+        config = replace(config, scan_layers=True)
+        notes += [
+            f"a TPU's compiler takes minutes over {config.n_layer} layers one by one: planned with "
+            "--scan_layers=True, which train.py should be given too"
         ]
     model = network(config, target)
     if not config.vocab_size and not prepared(config) and config.dataset != "openwebtext":

@@ -169,11 +169,13 @@ def operands(line: Instruction) -> list[str]:
 def result(line: Instruction) -> tuple[str, ...]:
     """Return the shapes that a collective leaves on a device: of a start, not those it was given.
 
-    all-gather-start and collective-permute-start return (operands, results, context); the starts
-    of the others, and what is no start, only results.
+    all-gather-start, collective-permute-start and any start whose operands are a tuple of their own
+    return (operands, results, context); other starts, and what is no start, only results.
     """
-    shape = line.shape
-    if line.operation in ("all-gather-start", "collective-permute-start"):
+    shape, start = line.shape, line.operation.endswith("-start")
+    if line.operation in ("all-gather-start", "collective-permute-start") or (
+        start and shape.startswith("((")
+    ):
         given, results = elements(shape)[:2]
         shape = results if results else given
     return tuple(f"{kind}[{sizes}]" for kind, sizes in ARRAY.findall(without_layout(shape)))
