@@ -194,6 +194,32 @@ sys.exit(main())
     assert [(code, last) for code, _, last in done] == [(2, line)] * 2
 
 
+def test_wrong_input_of_one_host_ends_it_at_once_and_then_the_others(start):
+    program = Path("program.py")
+    program.write_text("""
+import sys
+from gpt_jax.config import parse
+from gpt_jax.errors import UserError, exit_code
+from gpt_jax.runtime import barrier, connected
+
+@exit_code
+def main(argv):
+    config = parse(argv)
+    with connected(config, "again"):
+        if config.process_id:
+            raise UserError("the file here is cut off")
+        barrier()
+
+sys.exit(main())
+""")
+    since = time.monotonic()
+    (code, _, last), (wrong, _, why) = ends(start(2, program, *TINY))
+    assert time.monotonic() - since < LIMIT
+    assert (wrong, why) == (2, "error: the file here is cut off")
+    assert code == 1
+    assert re.search(r"process 1 on .* has not been heard of for \d+ s: again", last)
+
+
 def test_an_out_dir_that_is_not_shared_is_refused_before_anything_is_trained(start):
     """Each host would save its part of every checkpoint to its own disk."""
     Path("other").mkdir()

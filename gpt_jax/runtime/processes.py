@@ -40,9 +40,9 @@ def connected(config: TrainConfig | LoadConfig, advice: str) -> Iterator[None]:
     """Be one of the processes of a run, if there are several: a context for all that uses devices.
 
     They are found by JAX (Cloud TPU, SLURM, Open MPI, Kubernetes) or named by the config. Only
-    process 0 keeps its stdout. Raises UserError where they are named in part or cannot be found,
-    and where their configs differ; leaves with 2 where they do not answer, and with 1, in a line
-    that ends in ``advice``, where one dies.
+    process 0 keeps its stdout. Raises UserError where they are named in part or cannot be found.
+    Ends the process itself, in a line, with 2 where they do not answer or one has wrong input, and
+    with 1, the line ending in ``advice``, where one dies.
     """
     join(config)
     if not global_state.client:
@@ -58,8 +58,12 @@ def connected(config: TrainConfig | LoadConfig, advice: str) -> Iterator[None]:
         agree({name: value for name, value in vars(config).items() if name not in MAY_DIFFER})
         yield
         barrier()  # or the last to end would miss those that ended before
-    except UserError:
-        raise
+    except UserError as error:
+        # at once: JAX would wait for the others at its exit. Process 0 has the service that they
+        # need to come to the same end
+        if is_first():
+            time.sleep(2 * PERIOD)
+        leave(2, f"error: {error}")
     except Exception as error:
         # most likely a collective that has lost its other end: the watch will know which
         print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
@@ -131,6 +135,7 @@ def give_up(config: TrainConfig | LoadConfig) -> None:
 
 def leave(code: int, line: str) -> None:
     """End the process at once, from any thread, whatever its main thread waits for."""
+    sys.stdout.flush()
     print(line, file=sys.stderr, flush=True)
     os._exit(code)
 
