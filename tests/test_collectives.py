@@ -75,7 +75,7 @@ def test_fsdp_gathers_weights_and_sums_their_gradients_but_no_activations(change
 @pytest.mark.parametrize("sizes", [(2, 4, 1), (2, 2, 2)], ids=str)
 def test_mixed_meshes_move_no_activations_but_tensors(sizes, capfd):
     moved, _ = found(*sizes)
-    # XLA's warning that it hands a whole tensor to every device: so it did with lookups in a cut wte
+    # as XLA warns where it hands a whole tensor to every device: lookups in a cut wte made it
     assert "Involuntary full rematerialization" not in capfd.readouterr().err
     busy = [x for x in moved if of_activations(x) and x.kind in ("all-reduce", "reduce-scatter")]
     # what is summed over rows' positions is only what "tensor" shares
