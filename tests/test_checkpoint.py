@@ -118,6 +118,23 @@ def test_a_state_comes_back_bit_for_bit_on_any_mesh(run, mesh):
         assert leaf.sharding.is_equivalent_to(layout, leaf.ndim)
 
 
+def test_a_run_saved_on_eight_devices_goes_on_alike_on_one_two_four_and_2x4(run):
+    """C11: the losses of twenty steps from the checkpoint."""
+    losses = {}
+    for name in ("1", "data=2", "fsdp=4", "2x4"):
+        mesh = MESHES[name]
+        state = checkpoint.restore(run[0], 600, placed(mesh, shapes()))
+        step = make_train_step(MODEL, TX, mesh)
+        losses[name] = []
+        for seed in range(20):
+            ids = np.random.default_rng(seed).integers(0, 20, (2, 2, 8, 8), dtype=np.int32)
+            state, metrics = step(state, *jax.device_put(tuple(ids), batch_sharding(mesh, 3)))
+            losses[name].append(float(metrics["loss"]))
+    for name, found in losses.items():
+        assert np.abs(np.subtract(found, losses["1"])).max() <= 5e-6, name
+    assert len(set(losses["1"])) == 20
+
+
 def test_a_state_saved_from_one_device_comes_back_on_eight(tmp_path):
     """C11."""
     state = real_state(ONE, seed=3)
