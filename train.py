@@ -124,8 +124,7 @@ def train(config: TrainConfig) -> None:
         save_config(config)
     barrier()
     flops = flops_per_token(model.config, count_params(state.params)) * tokens_per_iter
-    peak = config.peak_flops or peak_flops(mesh.devices.flat[0])
-    peak = peak and peak * mesh.size
+    peak = (config.peak_flops or peak_flops(mesh.devices.flat[0]) or 0) * mesh.size or None
     report = reporting.Report(
         config, meta["iter"], tokens_per_iter, flops, peak, meta.get("wandb_id")
     )

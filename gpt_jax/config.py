@@ -93,7 +93,7 @@ class Hardware(Checked):
     fsdp: int = key(1, "devices that share a copy and split its batch", at_least=-1)
     tensor: int = key(1, "devices that split each layer's heads and MLP", at_least=-1)
     coordinator_address: str = key("", "HOST:PORT of process 0; '': found", "Several hosts")
-    num_processes: int = key(0, "processes of the run; 0: found; 1: this one alone", at_least=0)
+    num_processes: int = key(0, "of the run; 0: found; 1: alone", at_least=0, at_most=65536)
     process_id: int = key(-1, "which of them this is; -1: found", at_least=-1)
     initialization_timeout: int = key(120, "seconds to wait for the others", at_least=1)
 

@@ -41,7 +41,8 @@ LAYOUT: dict[str, dict[str, Any]] = {
     "ln_f/weight": {"C": "fsdp"},
     "ln_f/bias": {"C": "fsdp"},
 }
-MUST_DIVIDE = "CH"  # any other axis that does not divide stays whole: a vocabulary of 65, say
+# any other axis that does not divide stays whole: a vocabulary of 65, say
+MUST_DIVIDE = {"C": "n_embd", "H": "n_head"}
 
 
 def make_mesh(
@@ -65,11 +66,11 @@ def make_mesh(
         raise UserError(f"{asked}: each must be 1 or more, or one of them -1 for the rest")
     sizes = {name: len(devices) // known if n == -1 else n for name, n in sizes.items()}
     n = math.prod(sizes.values())
-    several_hosts = len({d.process_index for d in devices}) > 1
-    if n > len(devices) or n == 0 or (n < len(devices) and (known != n or several_hosts)):
+    all_needed = -1 in (data, fsdp, tensor) or len({d.process_index for d in devices}) > 1
+    if n > len(devices) or n == 0 or (n < len(devices) and all_needed):
         raise UserError(
             f"{asked} does not fit the {len(devices)} devices there are: their product must be "
-            f"{len(devices)}"
+            f"{len(devices)} (a resumed run keeps its sizes where no others are given)"
         )
     grid = device_grid(tuple(sizes.values()), devices[:n])
     # Auto and not make_mesh's default: linen looks up sharded tables under it
@@ -109,7 +110,7 @@ def spec(mesh: Mesh, path: Any, leaf: Any) -> PartitionSpec:
         if size % parts and letter in MUST_DIVIDE:
             fits = ", ".join(str(n) for n in range(1, size + 1) if size % n == 0)
             raise UserError(
-                f"--{axes}={parts} does not divide {letter}={size} of {name}: choose from {fits}"
+                f"--{axes}={parts} does not divide {MUST_DIVIDE[letter]}={size} ({name}): {fits} do"
             )
         cuts.append(None if size % parts else axes)
     return PartitionSpec(*cuts)

@@ -293,6 +293,8 @@ def test_a_process_that_the_others_do_not_meet_says_so_in_bounded_time(start, pr
         ({"coordinator_address": "host"}, "coordinator_address='host' is not HOST:PORT"),
         ({"coordinator_address": ":80"}, "coordinator_address=':80' is not HOST:PORT"),
         ({"coordinator_address": "host:http"}, "'host:http' is not HOST:PORT, 10.0.0.1:1234 say"),
+        ({"num_processes": 1, "process_id": 1}, "process_id=1 is out of range: num_processes=1"),
+        ({"coordinator_address": "host:99999"}, "'host:99999' is not HOST:PORT"),
         ({"num_processes": 2}, "also give --coordinator_address, --process_id"),
         ({"process_id": 0, "num_processes": 2}, "also give --coordinator_address"),
     ],

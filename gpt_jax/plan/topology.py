@@ -16,6 +16,7 @@ from gpt_jax.errors import UserError
 
 GIB = 2**30
 NODE = 8  # GPUs that NVLink joins
+NODES = 2048  # more would take the plan's own memory
 EXAMPLES = "v5e:4x4, v5p:4x4x4, v6e:4x4, v4:2x2x2, tpu7x:2x2x1, 2xv5e:4x4 (two slices), h200:8, \
 h200:2x8 (two nodes), h100:8, local"
 
@@ -148,10 +149,10 @@ def gpus(name: str, kind: str, slices: int, shape: str) -> Target:
             "pip install 'gpt_jax[cuda]'"
         )
     sizes = [int(n) for n in shape.split("x")]
-    if slices > 1 or len(sizes) > 2 or sizes[-1] > NODE:
+    if slices > 1 or len(sizes) > 2 or sizes[-1] > NODE or sizes[0] > NODES:
         raise UserError(
             f"topology={name}: a node has up to {NODE} GPUs: give {kind}:N for one node, "
-            f"{kind}:MxN for M nodes of N"
+            f"{kind}:MxN for M nodes of N, up to {NODES}"
         )
     nodes, each = sizes if len(sizes) == 2 else (1, *sizes)
     chip = CHIPS[kind]

@@ -75,9 +75,9 @@ def connected(config: TrainConfig | LoadConfig, advice: str) -> Iterator[None]:
 
 def join(config: TrainConfig | LoadConfig) -> None:
     """Start JAX's runtime of several processes, if there are several."""
+    named = named_processes(config)
     if config.num_processes == 1:
         return
-    named = named_processes(config)
     # JAX's runtime ends a process that waits in vain by an abort with a stack trace
     patience = threading.Timer(config.initialization_timeout, give_up, [config])
     patience.daemon = True
@@ -110,7 +110,8 @@ def join(config: TrainConfig | LoadConfig) -> None:
 def named_processes(config: TrainConfig | LoadConfig) -> dict[str, Any]:
     """Return what the config says of the processes, None where JAX is to find it."""
     address, n, this = config.coordinator_address, config.num_processes, config.process_id
-    if address and not (address.rpartition(":")[0] and address.rpartition(":")[2].isdecimal()):
+    host, _, port = address.rpartition(":")
+    if address and not (host and port.isdecimal() and 0 < int(port) < 2**16):
         raise UserError(f"coordinator_address={address!r} is not HOST:PORT, 10.0.0.1:1234 say")
     if n and this >= n:
         raise UserError(f"process_id={this} is out of range: num_processes={n} count from 0")
