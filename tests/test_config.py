@@ -65,6 +65,14 @@ NANOGPT_TRAIN = {
     "dtype": "auto",
     "compile": True,
 }
+SHARED = {
+    "fsdp": 1,
+    "tensor": 1,
+    "coordinator_address": "",
+    "num_processes": 0,
+    "process_id": -1,
+    "initialization_timeout": 120,
+}
 OURS = {
     "data_dir": "data",
     "seed": 1337,
@@ -76,12 +84,7 @@ OURS = {
     "scan_layers": False,
     "peak_flops": 0.0,
     "data": -1,
-    "fsdp": 1,
-    "tensor": 1,
-    "coordinator_address": "",
-    "num_processes": 0,
-    "process_id": -1,
-    "initialization_timeout": 120,
+    **SHARED,
     "sample_tokens": 0,
 }
 EVAL = {"batch_size": 8, "eval_iters": 500, "eval_only": True, "wandb_log": False}
@@ -235,12 +238,7 @@ def test_sampling_has_nanogpts_defaults_and_ours():
         "step": "",
         "data_dir": "data",
         "data": 1,
-        "fsdp": 1,
-        "tensor": 1,
-        "coordinator_address": "",
-        "num_processes": 0,
-        "process_id": -1,
-        "initialization_timeout": 120,
+        **SHARED,
     }
 
 

@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import yaml  # flax brings it
 
 from gpt_jax.config import parse
 
@@ -34,7 +35,6 @@ def train_commands(text):
 
 
 def job_set(kind):
-    yaml = pytest.importorskip("yaml")
     documents = yaml.safe_load_all((LAUNCH / "jobset.yaml").read_text("utf-8"))
     return next(document for document in documents if document["kind"] == kind)
 

@@ -152,7 +152,7 @@ def test_bytes_sent_are_those_of_a_ring():
 
 
 def test_a_program_that_jax_compiled_is_read():
-    """C7: a loop of 5 all-reduces of (8, 4) float32, then one gather."""
+    """A loop of 5 all-reduces of (8, 4) float32, then one gather."""
     mesh = make_mesh()
 
     def program(x, w):
@@ -325,7 +325,7 @@ def test_what_does_not_fit_comes_with_the_nearest_settings_that_do(monkeypatch):
 
 @pytest.mark.parametrize("name", ["v5e:2x2", "h200:4"])
 def test_a_step_compiles_for_hardware_that_is_not_there(name):
-    """C7: on a machine with neither; libtpu or the CUDA plugin must be installed."""
+    """C29, C30: on a machine with neither; libtpu or the CUDA plugin must be installed."""
     if name.startswith("v"):
         pytest.importorskip("libtpu")
     elif not any("cuda" in plugin.name for plugin in entry_points(group="jax_plugins")):

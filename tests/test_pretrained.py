@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec
 from gpt_jax import GPT, GPTConfig, checkpoint, load
 from gpt_jax.config import TrainConfig
 from gpt_jax.errors import UserError
+from gpt_jax.interop import gpt2
 from gpt_jax.pretrained import product_dtype
 from gpt_jax.sharding import make_mesh
 from gpt_jax.tokenizer import char_tokenizer
@@ -101,6 +102,15 @@ def test_parameters_are_laid_out_as_asked(run):
     assert len(eight["wte"]["weight"].sharding.device_set) == 8
     assert eight["wpe"]["weight"].sharding.spec == PartitionSpec(None, "fsdp")
     jax.tree.map(np.testing.assert_array_equal, one, eight)
+
+
+def test_openais_weights_are_laid_out_as_asked(monkeypatch):
+    arrays = jax.tree.map(np.asarray, params_of(0))
+    monkeypatch.setattr(gpt2, "load", lambda *_: (MODEL, arrays, "its tokenizer"))
+    mesh = make_mesh(fsdp=2)
+    params = load("gpt2", mesh=mesh)[1]
+    assert params["wpe"]["weight"].sharding.spec == PartitionSpec(None, "fsdp")
+    jax.tree.map(np.testing.assert_array_equal, params, arrays)
 
 
 @pytest.mark.parametrize("source", ["nothing", "gpt3", "."])

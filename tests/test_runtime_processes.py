@@ -93,8 +93,29 @@ def alone(*argv):
     assert done.returncode == 0, done.stderr
 
 
+def connecting(*lines):
+    """A command that does the lines as one of the processes of a run."""
+    head = """
+import sys
+from gpt_jax.config import parse
+from gpt_jax.errors import UserError, exit_code
+from gpt_jax.runtime import agree, barrier, connected
+
+@exit_code
+def main(argv):
+    config = parse(argv)
+    with connected(config, "again"):
+"""
+    body = "".join(f"        {line}\n" for line in lines)
+    program = Path("program.py")
+    program.write_text(f"{head}{body}\nsys.exit(main())\n")
+    return program
+
+
 def wait_for(group, path):
+    since = time.monotonic()
     while not path.exists():
+        assert time.monotonic() - since < 240  # as ends(): a run that hangs must not hang the tests
         codes = [process.poll() for process in group]
         assert codes == [None] * len(group), ends(group)
         time.sleep(0.05)
@@ -171,21 +192,9 @@ def test_hosts_that_were_started_differently_all_say_what_differs(start):
 
 def test_hosts_that_see_other_files_all_say_what_differs(start):
     """As where out_dir or data_dir is not on a disk that all share."""
-    program = Path("program.py")
-    program.write_text("""
-import sys
-from gpt_jax.config import parse
-from gpt_jax.errors import exit_code
-from gpt_jax.runtime import agree, connected
-
-@exit_code
-def main(argv):
-    config = parse(argv)
-    with connected(config, ""):
-        agree({"the checkpoint to resume from": 20 - 10 * config.process_id, "tokens": 5})
-
-sys.exit(main())
-""")
+    program = connecting(
+        'agree({"the checkpoint to resume from": 20 - 10 * config.process_id, "tokens": 5})'
+    )
     line = (
         "error: process 1 has the checkpoint to resume from=10, but process 0 has the checkpoint "
         "to resume from=20: start all with the same command, on the same files"
@@ -195,23 +204,9 @@ sys.exit(main())
 
 
 def test_wrong_input_of_one_host_ends_it_at_once_and_then_the_others(start):
-    program = Path("program.py")
-    program.write_text("""
-import sys
-from gpt_jax.config import parse
-from gpt_jax.errors import UserError, exit_code
-from gpt_jax.runtime import barrier, connected
-
-@exit_code
-def main(argv):
-    config = parse(argv)
-    with connected(config, "again"):
-        if config.process_id:
-            raise UserError("the file here is cut off")
-        barrier()
-
-sys.exit(main())
-""")
+    program = connecting(
+        "if config.process_id: raise UserError('the file here is cut off')", "barrier()"
+    )
     since = time.monotonic()
     (code, _, last), (wrong, _, why) = ends(start(2, program, *TINY))
     assert time.monotonic() - since < LIMIT

@@ -5,7 +5,8 @@ from typing import Any, NamedTuple
 from gpt_jax.plan.program import Program
 from gpt_jax.plan.topology import Target
 
-# products of a step, those made again included, over those of the formula
+# products of a step, those made again included, over those of the formula: of "dots" attention's,
+# roughly
 RECOMPUTED = {"none": 1.0, "dots": 1.1, "full": 4 / 3}
 ASSUMPTIONS = (
     "at least: the slowest of products at the peak, memory (temporaries written and read once a "

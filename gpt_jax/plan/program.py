@@ -19,8 +19,8 @@ from gpt_jax.sharding import batch_sharding, micro_batches, placed
 from gpt_jax.train_step import TrainState, init_state, make_train_step
 
 # A TPU's compiler spends minutes on speed, which nobody here will see. Without that, GPT-2 124M on
-# 16 v5e takes 14 s instead of 57, and its temporaries come out as 9.18 GiB instead of 9.33 (10.8
-# and 11.8 with fsdp=16; 20.56 and 20.50 where it is refused); collectives stay in their loops.
+# 16 v5e takes 14 s instead of 57, and its temporaries come out as 9.18 GiB instead of 9.33 (20.56
+# and 20.50 where it is refused); collectives stay in their loops.
 QUICKLY = {"tpu": {"exec_time_optimization_effort": -1.0}}
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 AMOUNT = r"([\d.]+)([KMGT]?)i?B?"
