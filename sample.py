@@ -4,11 +4,10 @@ python sample.py --out_dir=out-shakespeare-char --start="FILE:prompt.txt" --num_
 """
 
 import sys
-from pathlib import Path
 
 import jax
 
-from gpt_jax.commandline import notes
+from gpt_jax.commandline import notes, read_prompt
 from gpt_jax.config import SampleConfig, parse
 from gpt_jax.errors import UserError, exit_code
 from gpt_jax.pretrained import load
@@ -24,12 +23,7 @@ def main(argv: list[str]) -> None:
     config = parse(argv, SampleConfig)
     for note in notes(config):
         print(note, file=sys.stderr)
-    prompt = config.start
-    if prompt.startswith("FILE:"):
-        try:
-            prompt = Path(prompt[5:]).read_text("utf-8")
-        except (OSError, ValueError) as error:
-            raise UserError(f"start={config.start}: cannot be read as text ({error})") from None
+    prompt = read_prompt(config.start)
     with connected(config, "start sampling again"):
         write(config, prompt)
 

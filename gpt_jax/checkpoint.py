@@ -4,45 +4,91 @@ In OUT_DIR/checkpoints/STEP lie
 
 - params: the parameters, as in model.py
 - optimizer: the rest of the TrainState
-- meta: JSON with config, model, tokenizer, iteration and losses
+- meta: JSON with config, model, tokenizer, iteration and losses, and the digest of every array
+
+To Orbax a bit that has flipped in an array's file is as good as any. Here each array that comes
+back is held against its digest, and the JSON against its own.
 """
 
-import itertools
 import json
 import math
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 
-from gpt_jax.errors import UserError
+from gpt_jax.errors import DamageError, RunError, UserError
+from gpt_jax.integrity import check_stored, digests, refuse, replace_file, sealed, written
 from gpt_jax.train_step import TrainState
 
-NEEDED = ("iter", "val_loss", "config", "model", "tokenizer")  # of the JSON
+NEEDED = ("iter", "val_loss", "config", "model", "tokenizer", "digests", "sha256")  # of the JSON
 
 
-def open_checkpoints(out_dir: str, keep: int) -> ocp.CheckpointManager:
-    """Return the manager of a run that writes: it keeps the newest ``keep`` and the best.
+class Checkpoints:
+    """The checkpoints of a run that writes: the newest ``keep``, the best, each ``keep_every``-th.
 
-    Only one process may hold it: it clears away what an interrupted save has left.
+    Only one process may hold it: it clears away what an interrupted save has left. Every method
+    raises RunError where a save has failed, also one that began long before.
     """
-    policies = ocp.checkpoint_managers
 
-    def loss(metrics: dict[str, float]) -> float:
-        return metrics["val_loss"]
+    def __init__(self, out_dir: str, keep: int, keep_every: int = 0):
+        self.path, self.keep, self.keep_every = folder(out_dir), keep, keep_every
+        self.losses = val_losses(out_dir)
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=self, cleanup_tmp_directories=True
+        )
+        handlers = {"params": arrays(), "optimizer": arrays(), "meta": ocp.JsonCheckpointHandler()}
+        with written(self.path):
+            self.manager = ocp.CheckpointManager(self.path, options=options, item_handlers=handlers)
 
-    best = policies.BestN(
-        get_metric_fn=loss, reverse=True, n=1, keep_checkpoints_without_metrics=False
-    )
-    options = ocp.CheckpointManagerOptions(
-        best_fn=loss,  # or the losses would not be stored, and a resumed run drop its best
-        best_mode="min",
-        preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
-        cleanup_tmp_directories=True,
-    )
-    handlers = {"params": arrays(), "optimizer": arrays(), "meta": ocp.JsonCheckpointHandler()}
-    return ocp.CheckpointManager(folder(out_dir), options=options, item_handlers=handlers)
+    def save(self, state: TrainState, meta: dict[str, Any]) -> None:
+        """Start saving ``state`` as the step ``meta["iter"]``; training may go on at once.
+
+        The best is the one of the lowest ``meta["val_loss"]``, where that is a number. A state
+        that holds nan or inf is not saved.
+        """
+        trees = {"params": state.params, "optimizer": without_params(state)}
+        found = {item: digests(tree) for item, tree in trees.items()}
+        broken = [f"{item}/{name}" for item in found for name, x in found[item].items() if not x]
+        if broken:
+            raise RunError(
+                f"iteration {meta['iter']} is not saved, {broken[0]} holds nan or inf: go on from "
+                "the checkpoint before by --init_from=resume, with a lower --learning_rate"
+            )
+        self.losses[meta["iter"]] = meta["val_loss"]
+        items: Any = {item: ocp.args.PyTreeSave(tree) for item, tree in trees.items()}
+        items["meta"] = ocp.args.JsonSave(sealed({**meta, "digests": found}))
+        with written(self.path):
+            self.manager.save(meta["iter"], args=ocp.args.Composite(**items))
+
+    def note(self, step: int, losses: dict[str, Any]) -> None:
+        """Add to the JSON of a step what an evaluation has found since it was saved."""
+        self.losses[step] = losses["val_loss"]
+        path = self.path / str(step) / "meta" / "metadata"
+        if jax.process_index() == 0:
+            with written(path):
+                meta = json.loads(path.read_text("utf-8"))
+                replace_file(path, json.dumps(sealed({**meta, **losses})))
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """Answer Orbax which checkpoints, the oldest first, to keep."""
+        have = [checkpoint.step for checkpoint in checkpoints]
+        kept = {*have[-self.keep :], lowest({n: self.losses.get(n) for n in have})}
+        every = self.keep_every
+        return [n in kept or (every > 0 and n % every == 0) for n in have]
+
+    def check(self) -> None:
+        """Raise what a save under way has met with."""
+        with written(self.path):
+            self.manager.check_for_errors()
+
+    def close(self) -> None:
+        """Wait until the last save is whole."""
+        with written(self.path):
+            self.manager.close()
 
 
 def arrays() -> ocp.PyTreeCheckpointHandler:
@@ -55,43 +101,35 @@ def arrays() -> ocp.PyTreeCheckpointHandler:
     return ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
 
 
-def save(
-    manager: ocp.CheckpointManager, state: TrainState, meta: dict[str, Any], val_loss: float | None
-) -> None:
-    """Start saving ``state`` as the checkpoint of ``meta["iter"]``; training may go on at once.
+def restore(out_dir: str, step: int, state: Any, meta: dict[str, Any]) -> TrainState:
+    """Return the state of a step; ``state`` gives shapes, dtypes and layouts (sharding.placed).
 
-    The best checkpoint is the one of the lowest ``val_loss``, where one is given.
+    ``meta`` is its JSON. Raises DamageError for what is not as it was saved.
     """
-    items = ocp.args.Composite(
-        params=ocp.args.PyTreeSave(state.params),
-        optimizer=ocp.args.PyTreeSave(without_params(state)),
-        meta=ocp.args.JsonSave(meta),
-    )
-    # nan, of a run that diverged, would rank as the best and push out the real one
-    rank = val_loss if val_loss is not None and math.isfinite(val_loss) else math.inf
-    manager.save(meta["iter"], args=items, metrics={"val_loss": rank})
-
-
-def restore(out_dir: str, step: int, state: Any) -> TrainState:
-    """Return the state of a step; ``state`` gives shapes, dtypes and layouts (sharding.placed)."""
     path = folder(out_dir) / str(step)
-    rest = restore_tree(path / "optimizer", without_params(state))
+    rest = restore_tree(path, "optimizer", without_params(state), meta)
     key = jax.random.wrap_key_data(rest.pop("key"))
-    params = restore_tree(path / "params", state.params)
+    params = restore_tree(path, "params", state.params, meta)
     return state.replace(params=params, key=key, **rest)
 
 
-def restore_tree(path: Path, like: Any) -> Any:
-    """Return the tree saved at ``path``, with the shapes, dtypes and layouts of ``like``.
+def restore_tree(path: Path, item: str, like: Any, meta: dict[str, Any]) -> Any:
+    """Return "params" or "optimizer" of the step at ``path``, laid out as ``like``.
 
-    Raises UserError, before anything is allocated, where other shapes are stored.
+    Raises DamageError: before anything is allocated where other shapes or dtypes are stored, or
+    more than the files can hold, and where an array is not the one whose digest ``meta`` has.
     """
-    stored = ocp.PyTreeCheckpointHandler().metadata(path)  # pyright: ignore[reportArgumentType]
-    shapes = [sorted(x.shape for x in jax.tree.leaves(tree)) for tree in (stored, like)]
-    if shapes[0] != shapes[1]:
-        raise UserError(f"{path} holds arrays of other shapes than its JSON says: take another")
-    with ocp.StandardCheckpointer() as checkpointer:
-        return checkpointer.restore(path, like)
+    check_stored(path / item, like)
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            tree = checkpointer.restore(path / item, like)
+    except Exception as error:  # of Orbax, its libraries and the disk
+        refuse(path / item, error)
+    found = digests(tree)
+    wrong = [name for name in found if found[name] != meta["digests"][item].get(name)]
+    if wrong or len(found) != len(meta["digests"][item]):
+        raise DamageError(f"{path / item} is damaged: {wrong[0]} is not what was saved")
+    return tree
 
 
 def without_params(state: Any) -> dict[str, Any]:
@@ -108,18 +146,6 @@ def folder(out_dir: str) -> Path:
     return Path(out_dir).absolute() / "checkpoints"
 
 
-def set_aside(out_dir: str) -> None:
-    """Move an earlier run's files out of the way of a new one: to OUT_DIR/previous-N."""
-    old = [path for path in Path(out_dir).glob("*") if not path.name.startswith("previous-")]
-    if steps(out_dir):
-        places = (Path(out_dir) / f"previous-{n}" for n in itertools.count(1))
-        there = next(place for place in places if not place.exists())
-        there.mkdir()
-        for path in old:
-            path.rename(there / path.name)
-        print(f"{out_dir} held a run: it is in {there} now")
-
-
 def steps(out_dir: str) -> list[int]:
     """Return the steps of which a run holds whole checkpoints, in order."""
     path = folder(out_dir)
@@ -128,22 +154,39 @@ def steps(out_dir: str) -> list[int]:
 
 
 def read_meta(out_dir: str, step: int) -> dict[str, Any]:
-    """Return the JSON of a checkpoint; UserError if it cannot be read."""
+    """Return the JSON of a checkpoint; DamageError if it is not what was written."""
     path = folder(out_dir) / str(step) / "meta" / "metadata"
     try:
         meta = json.loads(path.read_text("utf-8"))
         if not isinstance(meta, dict) or not {*NEEDED} <= meta.keys():
             raise ValueError(f"not a JSON object with {', '.join(NEEDED)}")
+        if meta["sha256"] != sealed(meta)["sha256"] or meta["iter"] != step:
+            raise ValueError("it is not what was written: its sha256 or iter differs")
         return meta
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read ({error}): take another checkpoint") from None
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise DamageError(f"{path} cannot be read ({error}): take another checkpoint") from None
 
 
-def choose(out_dir: str, step: str) -> int:
-    """Return the step meant by "latest", "best" or a number; UserError if there is none such.
+def val_losses(out_dir: str) -> dict[int, Any]:
+    """Return the val_loss of each checkpoint whose JSON can be read."""
+    losses = {}
+    for step in steps(out_dir):
+        with suppress(DamageError):
+            losses[step] = read_meta(out_dir, step)["val_loss"]
+    return losses
+
+
+def lowest(losses: dict[int, Any]) -> int | None:
+    """Return the step of the lowest loss that is a number, None where there is none."""
+    rated = [n for n, x in losses.items() if isinstance(x, float) and math.isfinite(x)]
+    return min(rated, key=lambda n: losses[n], default=None)
+
+
+def choose(out_dir: str, step: str) -> list[int]:
+    """Return the steps meant by "latest", "best" or a number, in the order in which to try them.
 
     "" means what nanoGPT's ckpt.pt holds: the best if the run kept only improvements
-    (always_save_checkpoint=False), else the latest.
+    (always_save_checkpoint=False), else the latest. UserError if there is none such.
     """
     have = steps(out_dir)
     if not have:
@@ -151,11 +194,12 @@ def choose(out_dir: str, step: str) -> int:
     if step.isdecimal():
         if int(step) not in have:
             raise UserError(f"{out_dir} has no checkpoint of step {step}, only of {have}")
-        return int(step)
-    if step == "latest" or (
-        not step and read_meta(out_dir, have[-1])["config"]["always_save_checkpoint"]
-    ):
-        return have[-1]
-    losses = {n: read_meta(out_dir, n)["val_loss"] for n in have}
-    losses = {n: loss for n, loss in losses.items() if loss is not None and math.isfinite(loss)}
-    return min(losses, key=lambda n: losses[n]) if losses else have[-1]
+        return [int(step)]
+    losses = val_losses(out_dir)
+    order = sorted(have, reverse=True)
+    newest = next((n for n in order if n in losses), have[-1])
+    latest = step == "latest" or (
+        not step and read_meta(out_dir, newest)["config"]["always_save_checkpoint"]
+    )
+    best = None if latest else lowest(losses)
+    return sorted(order, key=lambda n: n != best)

@@ -111,6 +111,8 @@ class TrainConfig(Hardware):
     always_save_checkpoint: bool = key(True, "save at every evaluation, not only the best yet")
     save_interval: int = key(0, "also save every N iterations; 0: at evaluations", at_least=0)
     keep: int = key(2, "newest checkpoints kept, beside the best", at_least=1)
+    keep_every: int = key(0, "also keep those of every N iterations; 0: none", at_least=0)
+    fallback: bool = key(True, "resume from an earlier checkpoint if the newest is damaged")
     init_from: str = key("scratch", "scratch|resume|auto (either)|gpt2[-medium...]|PATH", name=True)
     sample_tokens: int = key(0, "tokens of a sample shown when the run ends", at_least=0)
     wandb_log: bool = key(False, "log to Weights & Biases too", "Weights & Biases")
@@ -133,6 +135,8 @@ class TrainConfig(Hardware):
     beta1: float = key(0.9, "decay of the mean of gradients", at_least=0, below=1)
     beta2: float = key(0.95, "decay of the mean of their squares", at_least=0, below=1)
     grad_clip: float = key(1.0, "highest norm of the gradient; 0: no limit", at_least=0)
+    max_skipped: int = key(10, "updates left out in a row (nan, inf) that end a run", at_least=1)
+    spike_zscore: float = key(0.0, "leave out updates so far above the last 128; 0: no", at_least=0)
     decay_lr: bool = key(True, "warm up, then decay along a cosine", "Learning rate")
     warmup_iters: int = key(2000, "iterations of the warmup", at_least=0)
     lr_decay_iters: int = key(600000, "iteration that reaches min_lr", at_least=0)
@@ -142,6 +146,7 @@ class TrainConfig(Hardware):
     attention: str = key("auto", "attention kernel", choices="auto|reference|xla|cudnn")
     remat: str = key("none", "recomputed in the backward pass", choices="none|dots|full")
     scan_layers: bool = key(False, "True: one rolled loop compiles faster; False: trains faster")
+    deterministic: bool = key(False, "the same bits in every run on a GPU, a little slower")
     peak_flops: float = key(0.0, "FLOP/s of one device, for mfu; 0: from a table", at_least=0)
 
     def __post_init__(self) -> None:

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -20,7 +19,6 @@ from numpy.typing import DTypeLike
 
 from gpt_jax.errors import UserError
 
-SCAN_AT_OPEN = 2**27  # tokens; larger files are checked window by window as they are read
 READ_AHEAD = 2  # batches made and sent to the device before they are asked for
 
 
@@ -32,13 +30,30 @@ class Split:
     tokens: np.ndarray  # uint16 or uint32, (n,)
     vocab_size: int
     block_size: int
+    opened: tuple[int, ...] = ()  # stamp of the file that was mapped; (): tokens of no file
 
     def windows(self, starts: np.ndarray, shift: int = 0) -> np.ndarray:
         """Return the tokens from each start on, int32 ``starts.shape + (block_size,)``."""
+        self.refuse_if_changed()
         windows = self.tokens[starts[..., None] + np.arange(shift, self.block_size + shift)]
         if windows.max(initial=0) >= self.vocab_size:
             self.refuse(starts.ravel(), windows.reshape(-1, self.block_size), shift)
         return windows.astype(np.int32)
+
+    def refuse_if_changed(self) -> None:
+        """Raise UserError where the file is not the one that was opened, or is gone.
+
+        To read past the end of a mapped file that was cut short would kill the process by SIGBUS.
+        """
+        try:
+            changed = self.opened and stamp(self.path) != self.opened
+        except OSError:
+            changed = True
+        if changed:
+            raise UserError(
+                f"{self.path} was replaced, written to or removed while in use (it had "
+                f"{self.opened[0]:,} bytes): put it back or prepare the data set again, and rerun"
+            )
 
     def refuse(self, starts: np.ndarray, windows: np.ndarray, shift: int) -> None:
         """Raise UserError for the first id in ``windows`` that the vocabulary does not have."""
@@ -50,37 +65,24 @@ class Split:
         )
 
 
+def stamp(path: Path) -> tuple[int, ...]:
+    """Return a file's size in bytes, time of its last change in ns, and inode."""
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns, found.st_ino
+
+
 def open_split(
     folder: Path, name: str, vocab_size: int, dtype: DTypeLike, block_size: int
 ) -> Split:
     """Return the split ``name`` ("train" or "val") of a data set's folder.
 
-    dtype is the file's, "uint16" or "uint32". Raises UserError for a file that is missing, empty,
-    cut off within a token, shorter than a window, or that holds an id >= vocab_size.
+    dtype is the file's, "uint16" or "uint32". The file is taken as it is, OSError or ValueError if
+    it cannot be mapped: ``prepare.checked.open_checked`` says what is wrong with one.
     """
-    path, width = folder / f"{name}.bin", np.dtype(dtype).itemsize
-    try:
-        size = path.stat().st_size
-        tokens: Any = np.memmap(path, np.dtype(dtype).newbyteorder("<"), "r") if size else []
-    except FileNotFoundError:
-        raise UserError(
-            f"{path} is not there: `python -m gpt_jax.prepare {folder.name}` makes it"
-        ) from None
-    except (OSError, ValueError) as error:
-        reason = str(error)
-        if path.is_file() and size % width:  # pyright: ignore[reportPossiblyUnbound]
-            reason = f"{size} bytes is not a whole number of {dtype} tokens: it is cut off"  # pyright: ignore
-        raise UserError(f"{path}: {reason}") from None
-    if len(tokens) < block_size + 1:
-        raise UserError(
-            f"{path} has {len(tokens)} tokens, fewer than block_size + 1 = {block_size + 1}: "
-            "give it more text or lower --block_size"
-        )
-    split = Split(path, tokens, vocab_size, block_size)
-    if len(tokens) <= SCAN_AT_OPEN and int(np.max(tokens)) >= vocab_size:
-        first = int(np.argmax(tokens >= vocab_size))
-        split.refuse(np.array([first]), np.asarray(tokens[first : first + 1])[None], 0)
-    return split
+    path = folder / f"{name}.bin"
+    opened = stamp(path)  # before it is mapped: a file that comes in between is noticed
+    tokens = np.memmap(path, np.dtype(dtype).newbyteorder("<"), "r")
+    return Split(path, tokens, vocab_size, block_size, opened)
 
 
 def mix(x: np.ndarray) -> np.ndarray:

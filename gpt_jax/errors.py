@@ -1,4 +1,4 @@
-"""Wrong input, said in one line."""
+"""Wrong input and runs that cannot go on, said in one line."""
 
 import functools
 import os
@@ -8,6 +8,18 @@ from collections.abc import Callable
 
 class UserError(ValueError):
     """Input that cannot be used; the message says what, which value, which bound, what to do."""
+
+
+class DamageError(UserError):
+    """A checkpoint that is not what was saved; an earlier one may be."""
+
+
+class Stopped(Exception):  # noqa: N818
+    """A signal has asked to stop, and what was under way can be done again."""
+
+
+class RunError(RuntimeError):
+    """What ends a run though its input was right; the message says how to go on."""
 
 
 def exit_code(main: Callable[[list[str]], None]) -> Callable[[], int]:
@@ -20,6 +32,9 @@ def exit_code(main: Callable[[list[str]], None]) -> Callable[[], int]:
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
+        except RunError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             return 130

@@ -11,7 +11,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 from gpt_jax.data import Split, place
-from gpt_jax.errors import UserError
+from gpt_jax.errors import Stopped, UserError
 from gpt_jax.model import GPT
 from gpt_jax.sharding import batch_sharding, row_shards, total_loss
 from gpt_jax.tokenizer import Tokenizer
@@ -54,16 +54,20 @@ def evaluate(
     batch_size: int,
     mesh: Mesh,
     tokenizer: Tokenizer | None = None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Evaluation:
     """Return the loss over the windows at ``starts``, batch by batch.
 
-    With a ``tokenizer`` the bytes of the targets are counted too. Sums are taken in float64.
+    With a ``tokenizer`` the bytes of the targets are counted too. Sums are taken in float64. Raises
+    Stopped as soon as ``stop()``.
     """
     rows = min(batch_size, len(starts))
     rows += -rows % row_shards(mesh)
     lengths = None if tokenizer is None else text_bytes(tokenizer)
     sums, n_bytes = [], 0
     for first in range(0, len(starts), rows):
+        if stop():
+            raise Stopped
         part = starts[first : first + rows]
         missing = rows - len(part)
         x, y = place(split, np.pad(part, (0, missing), mode="edge"), batch_sharding(mesh, 2))

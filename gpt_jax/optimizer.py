@@ -42,19 +42,6 @@ def decayed(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(decays, params)
 
 
-def decay_groups(params: Any) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Return (tensors, parameters) with weight decay, and without, counted a layer at a time."""
-    groups = {True: [0, 0], False: [0, 0]}
-    layers = params["h"]["ln_1"]["weight"].shape[0]
-
-    def count(path, leaf, decays):
-        groups[decays][0] += layers if path[0].key == "h" else 1
-        groups[decays][1] += leaf.size
-
-    jax.tree_util.tree_map_with_path(count, params, decayed(params))
-    return (groups[True][0], groups[True][1]), (groups[False][0], groups[False][1])
-
-
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
     """Return AdamW (Loshchilov & Hutter 2019) behind clipping by the global norm.
 

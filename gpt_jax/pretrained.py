@@ -1,5 +1,6 @@
 """A trained model by name: a run's out_dir, or OpenAI's GPT-2."""
 
+import sys
 from typing import Any
 
 import jax
@@ -8,7 +9,8 @@ from jax.sharding import Mesh
 
 from gpt_jax import checkpoint
 from gpt_jax.config import GPTConfig
-from gpt_jax.errors import UserError
+from gpt_jax.errors import DamageError, UserError
+from gpt_jax.integrity import check_sizes
 from gpt_jax.interop import gpt2
 from gpt_jax.model import GPT
 from gpt_jax.sharding import make_mesh, placed, state_sharding
@@ -26,29 +28,46 @@ def load(
     more than its part. Raises UserError where there is nothing to load.
     """
     mesh = mesh or make_mesh(devices=jax.local_devices()[:1])
-    dtype = product_dtype(dtype)
     if source in gpt2.SIZES:
-        model, arrays, tokenizer = gpt2.load(source, dtype)
+        model, arrays, tokenizer = gpt2.load(source, product_dtype(dtype))
         params = jax.tree.map(
             lambda x, sharding: jax.make_array_from_callback(x.shape, sharding, x.__getitem__),
             arrays,
             state_sharding(mesh, arrays),
         )
         return model, params, tokenizer
-    number = checkpoint.choose(source, step)
-    meta = checkpoint.read_meta(source, number)
-    tokenizer = from_json(meta["tokenizer"])
-    config = model_config(meta, dtype, tokenizer)
-    model = GPT(config)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
-    path = checkpoint.folder(source) / str(number) / "params"
-    return model, checkpoint.restore_tree(path, placed(mesh, shapes)), tokenizer
+    return load_run(source, step, dtype, mesh)[:3]
+
+
+def load_run(
+    out_dir: str, step: str, dtype: str, mesh: Mesh
+) -> tuple[GPT, dict[str, Any], Tokenizer, dict[str, Any]]:
+    """Return load's model, params and tokenizer of a run, and its checkpoint's JSON.
+
+    A damaged one is named and the next best taken, but for one that was asked for by its number.
+    """
+    for number in (candidates := checkpoint.choose(out_dir, step)):
+        try:
+            meta = checkpoint.read_meta(out_dir, number)
+            tokenizer = from_json(meta["tokenizer"])
+            model = GPT(model_config(meta, dtype, tokenizer))
+            path = checkpoint.folder(out_dir) / str(number)
+            check_sizes(path / "params", model.config)
+            shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+            like = placed(mesh, shapes["params"])
+            return model, checkpoint.restore_tree(path, "params", like, meta), tokenizer, meta
+        except DamageError as error:
+            if number == candidates[-1]:
+                raise
+            print(f"passed over: {error}", file=sys.stderr)
+    raise AssertionError
 
 
 def model_config(meta: dict[str, Any], dtype: str, tokenizer: Tokenizer) -> GPTConfig:
     """Return the config of a checkpoint's model, to compute in ``dtype``."""
     try:
-        return GPTConfig(**{**meta["model"], "dtype": dtype, "n_tokens": tokenizer.n_tokens})
+        ours = {"dtype": product_dtype(dtype), "n_tokens": tokenizer.n_tokens}
+        return GPTConfig(**{**meta["model"], **ours})
     except TypeError as error:
         raise UserError(f"the checkpoint's model is of another version: {error}") from None
 

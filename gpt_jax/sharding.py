@@ -104,8 +104,8 @@ def spec(mesh: Mesh, path: Any, leaf: Any) -> PartitionSpec:
     Raises UserError where a size does not divide.
     """
     name = "/".join(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
-    cuts = []
-    for (letter, axes), size in zip(LAYOUT[name].items() if name else (), leaf.shape, strict=True):
+    shape, cuts = leaf.shape if name else (), []
+    for (letter, axes), size in zip(LAYOUT[name].items() if name else (), shape, strict=True):
         parts = math.prod(mesh.shape[axis] for axis in np.atleast_1d(axes)) if axes else 1
         if size % parts and letter in MUST_DIVIDE:
             fits = ", ".join(str(n) for n in range(1, size + 1) if size % n == 0)

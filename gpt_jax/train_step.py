@@ -16,6 +16,7 @@ from gpt_jax.sharding import reduced_once, state_sharding, total_loss
 
 LARGEST_SCALE = 2.0**24
 SCALE_DOUBLES_AFTER = 2000  # updates without an overflow, as PyTorch's GradScaler
+WINDOW, ENOUGH = 128, 32  # updates that a spike stands out from: at most, at least
 
 
 class TrainState(struct.PyTreeNode):
@@ -27,6 +28,8 @@ class TrainState(struct.PyTreeNode):
     key: Array
     loss_scale: Array  # float32 (): used with float16 only, where small gradients would vanish
     good_steps: Array  # int32 (): updates since the scale last moved
+    skipped: Array  # int32 (2,): updates left out in all, and the last ones in a row
+    recent: Array  # float32 (2, WINDOW): losses and gradient norms of late; -1: none yet
 
 
 def init_state(
@@ -40,20 +43,29 @@ def init_state(
         key=jax.random.key(0) if key is None else key,
         loss_scale=jnp.asarray(2.0**16, jnp.float32),
         good_steps=jnp.zeros((), jnp.int32),
+        skipped=jnp.zeros(2, jnp.int32),
+        recent=jnp.full((2, WINDOW), -1, jnp.float32),
     )
 
 
 def make_train_step(
-    model: GPT, tx: optax.GradientTransformation, mesh: Mesh | None = None
+    model: GPT,
+    tx: optax.GradientTransformation,
+    mesh: Mesh | None = None,
+    spike_zscore: float = 0.0,
 ) -> Callable[[TrainState, Array, Array], tuple[TrainState, dict[str, Array]]]:
     """Return the jitted update ``step(state, tokens, targets) -> (state, metrics)``.
 
     tokens and targets are int32 (A, B, T): A micro-batches, whose mean gradient, kept in float32,
-    makes one update. metrics are float32 scalars: "loss", the mean over all A in nats/token, and
-    "grad_norm", the global norm before clipping. The state passed in is donated: do not use it
-    again. With float16 an update whose gradient overflows is left out and the loss scale halved
-    (Micikevicius et al. 2018, "Mixed Precision Training"); it still counts as a step. On a ``mesh``
-    the state comes laid out by sharding.py, and stays so.
+    makes one update. metrics are scalars: "loss", the mean over all A in nats/token, "grad_norm",
+    the global norm before clipping (both float32), and how many updates were left out, "skipped" in
+    all and "skipped_in_a_row" up to this one. The state passed in is donated: do not use it again.
+
+    An update is left out, parameters and optimizer as they were, where it, its loss or its gradient
+    is not finite, and, with a ``spike_zscore``, where one of them is so many standard deviations above the
+    last WINDOW (as in llm.c); it still counts as a step. With float16 an overflow also halves the
+    loss scale (Micikevicius et al. 2018, "Mixed Precision Training"). On a ``mesh`` the state comes
+    laid out by sharding.py, and stays so.
     """
     half = model.config.dtype == "float16"
     deterministic = model.config.dropout == 0
@@ -82,40 +94,69 @@ def make_train_step(
             return jax.lax.scan(micro_step, zeros, (jnp.arange(A), tokens, targets, counts))[0]
 
         loss, grads = reduced_once(mesh, sums_of)(state.params, tokens, targets)
-        grads = jax.tree.map(lambda g: g / (A * scale), grads)
+        loss, grads = loss / A, jax.tree.map(lambda g: g / (A * scale), grads)
         grad_norm = optax.tree.norm(grads)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        opt_state = at_step(state.opt_state, state.step)
+        updates, opt_state = tx.update(grads, opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        new = state.replace(params=params, opt_state=opt_state)  # pyright: ignore
+        norms = jnp.stack([loss, grad_norm, optax.tree.norm(updates)])
+        finite = jnp.isfinite(norms).all()
+        good, recent = finite, state.recent
+        if spike_zscore:
+            good &= ~is_spike(recent, loss, grad_norm, spike_zscore)
+            newer = jnp.stack([loss, grad_norm])[:, None]
+            recent = jnp.where(good, jnp.concatenate([recent[:, 1:], newer], 1), recent)
+        # with float16 an overflow of the gradient alone is how the loss scale is found
+        counted = ~jnp.isfinite(loss) | (scale <= 1) | finite
+        in_all, in_a_row = state.skipped + jnp.stack([~good, ~good & counted])
+        new, old = (params, opt_state), (state.params, state.opt_state)
+        params, opt_state = jax.tree.map(lambda x, before: jnp.where(good, x, before), new, old)
+        new = state.replace(  # pyright: ignore
+            params=params,
+            opt_state=opt_state,
+            step=state.step + 1,
+            skipped=jnp.stack([in_all, jnp.where(good, 0, in_a_row)]),
+            recent=recent,
+        )
         if half:
-            new = rescale(state, new, jnp.isfinite(grad_norm))
-        new = new.replace(step=state.step + 1)
+            new = rescale(new, finite)
         if mesh is not None:
             new = jax.lax.with_sharding_constraint(new, state_sharding(mesh, new))
-        return new, {"loss": loss / A, "grad_norm": grad_norm}
+        metrics = {"skipped": new.skipped[0], "skipped_in_a_row": new.skipped[1]}
+        return new, {"loss": loss, "grad_norm": grad_norm, **metrics}
 
     return train_step
 
 
-def rescale(old: TrainState, new: TrainState, finite: Array) -> TrainState:
-    """Return ``new`` where the gradient was finite, else ``old`` with half the loss scale."""
+def at_step(opt_state: Any, step: Array) -> Any:
+    """Return an optimizer's state whose schedules stand at ``step``, updates left out or not.
 
-    def keep(x: Any, before: Any) -> Any:
-        # the learning rate follows the iteration, as nanoGPT's, also past an update left out
-        is_schedule = isinstance(x, optax.ScaleByScheduleState)
-        return x if is_schedule else jnp.where(finite, x, before)
+    The learning rate follows the iteration, as nanoGPT's.
+    """
 
-    kept = jax.tree.map(
-        keep,
-        (new.params, new.opt_state),
-        (old.params, old.opt_state),
-        is_leaf=lambda x: isinstance(x, optax.ScaleByScheduleState),
+    def is_schedule(x: Any) -> bool:
+        return isinstance(x, optax.ScaleByScheduleState)
+
+    return jax.tree.map(
+        lambda x: optax.ScaleByScheduleState(step) if is_schedule(x) else x,
+        opt_state,
+        is_leaf=is_schedule,
     )
-    grown = old.good_steps + 1 >= SCALE_DOUBLES_AFTER
-    up = jnp.minimum(jnp.where(grown, 2.0, 1.0) * old.loss_scale, LARGEST_SCALE)
-    return new.replace(  # pyright: ignore
-        params=kept[0],
-        opt_state=kept[1],
-        loss_scale=jnp.where(finite, up, jnp.maximum(old.loss_scale / 2, 1.0)),
-        good_steps=jnp.where(finite & ~grown, old.good_steps + 1, 0),
+
+
+def is_spike(recent: Array, loss: Array, grad_norm: Array, zscore: float) -> Array:
+    """Return whether one of the two is ``zscore`` standard deviations above ``recent``'s."""
+    known = recent >= 0
+    mean, deviation = recent.mean(1, where=known), recent.std(1, where=known)
+    above = jnp.stack([loss, grad_norm]) - mean
+    return ((known.sum(1) >= ENOUGH) & (above > zscore * deviation)).any()
+
+
+def rescale(state: TrainState, finite: Array) -> TrainState:
+    """Return the state with the loss scale halved after an overflow, doubled after many without."""
+    grown = state.good_steps + 1 >= SCALE_DOUBLES_AFTER
+    up = jnp.minimum(jnp.where(grown, 2.0, 1.0) * state.loss_scale, LARGEST_SCALE)
+    return state.replace(  # pyright: ignore
+        loss_scale=jnp.where(finite, up, jnp.maximum(state.loss_scale / 2, 1.0)),
+        good_steps=jnp.where(finite & ~grown, state.good_steps + 1, 0),
     )

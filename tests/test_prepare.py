@@ -1,8 +1,10 @@
 import contextlib
+import errno
 import hashlib
 import http.server
 import json
 import os
+import stat
 import subprocess
 import sys
 import threading
@@ -23,6 +25,7 @@ from gpt_jax.prepare import (
     files,
     openwebtext,
     prepare,
+    prepare_on_first_use,
     pystdlib,
     shakespeare,
 )
@@ -111,26 +114,191 @@ def test_an_interrupted_run_leaves_an_older_set_as_it_was(tmp_path):
     assert sorted(before) == FILES
 
 
-@pytest.mark.parametrize("renames", [0, 1, 2])
-def test_a_run_stopped_between_its_renames_leaves_no_val_to_train_on(
-    tmp_path, monkeypatch, renames
+KILLED = """
+import json, os, signal, sys
+from pathlib import Path
+from gpt_jax.prepare import files
+from gpt_jax.tokenizer import byte_tokenizer
+
+at, rank = int(sys.argv[2]), 0
+
+def event():
+    global rank
+    rank += 1
+    if rank == at:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+def killed_around(module, name):
+    function = getattr(module, name)
+    def around(*arguments, **named):
+        event()
+        function(*arguments, **named)
+        event()
+    setattr(module, name, around)
+
+for module, name in ((os, "fsync"), (os, "replace"), (os, "rmdir"), (Path, "unlink")):
+    killed_around(module, name)
+
+def pieces():
+    for split in ("train", "val", "train", "val"):
+        event()
+        yield split, [len(sys.argv[3]) + i for i in range(5000)]  # more than a buffer
+
+def run():
+    corpus = files.Corpus(sys.argv[3], byte_tokenizer(), pieces())
+    files.write(Path(sys.argv[1]), corpus, lambda line: None)
+"""
+EVERY_POINT = """
+import shutil
+folder, seen = Path(sys.argv[1]), []
+source = sys.argv[3]
+
+def state():
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+def whole(source):
+    shutil.rmtree(folder, ignore_errors=True)
+    sys.argv[3] = source
+    run()
+    return state()
+
+new, old = whole(source), whole("an older text")
+for older in (False, True):
+    for point in range(1, 1000):
+        if older:
+            whole("an older text")
+        else:
+            shutil.rmtree(folder)
+        sys.argv[3] = source
+        child = os.fork()
+        if not child:
+            at, rank = point, 0
+            run()
+            os._exit(0)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        after = state() if folder.exists() else {}
+        run()
+        left = sorted(path.name for path in folder.iterdir())
+        kinds = {name: "old" if data == old[name] else "new" if data == new[name] else "bad"
+                 for name, data in after.items()}
+        seen.append([older, status, kinds, left, state() == new])
+        if status == 0:
+            break
+print(json.dumps(seen))
+"""
+
+
+def python(program, *arguments):
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program, *map(str, arguments)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def test_a_run_killed_anywhere_leaves_the_old_set_or_the_new_or_none_and_a_rerun_clears_up(
+    tmp_path,
 ):
+    """Around each piece, flush, removal and rename, by SIGKILL, over no set and over an older one.
+
+    The rerun comes at once and leaves nothing but its own files.
+    """
+    done = python(KILLED + EVERY_POINT, tmp_path / "set", 0, "a newer text")
+    assert done.returncode == 0, done.stderr
+    seen = json.loads(done.stdout)
+    for older in (False, True):
+        runs = [run for run in seen if run[0] == older]
+        assert [status for _, status, *_ in runs] == [-9] * (len(runs) - 1) + [0]
+        assert len(runs) > 20
+        outcomes = set()
+        for _, _, kinds, left, renewed in runs:
+            assert (left, renewed) == (FILES, True)
+            if "val.bin" in kinds:  # it is a data set
+                assert sorted(kinds) == FILES
+                assert len(set(kinds.values())) == 1
+            elif "train.bin" in kinds:
+                assert kinds["train.bin"] == kinds["meta.json"]
+            assert "bad" not in kinds.values()
+            outcomes.add(kinds.get("val.bin"))
+        assert outcomes == {None, "new", *(["old"] if older else [])}
+
+
+@pytest.mark.parametrize("at", [2, 4])
+def test_a_process_killed_while_it_writes_leaves_a_folder_that_the_next_one_clears(tmp_path, at):
+    killed = python(KILLED + "run()", tmp_path, at, "a text")
+    assert killed.returncode == -9, killed.stderr
+    (left,) = names(tmp_path)
+    assert left.startswith(".preparing-")
     files.write(tmp_path, corpus_of([("train", [1, 2]), ("val", [3, 4])]), silent)
-    done, replace = [], os.replace
-
-    def stop(source, target):
-        if len(done) == renames:
-            raise KeyboardInterrupt
-        done.append(target)
-        replace(source, target)
-
-    monkeypatch.setattr(os, "replace", stop)
-    with pytest.raises(KeyboardInterrupt):
-        files.write(tmp_path, corpus_of([("train", [5, 6]), ("val", [7, 8])]), silent)
-    assert names(tmp_path) == ["meta.json", "train.bin"]
+    assert names(tmp_path) == FILES
 
 
-def test_what_a_killed_run_left_goes_once_it_is_stale(tmp_path):
+def test_two_processes_do_not_prepare_one_folder_at_a_time(tmp_path):
+    """The second leaves the first its files, and can be run when that has ended."""
+
+    def say(line):
+        assert "waiting" not in line
+
+    def pieces():
+        yield "train", [1, 2]
+        with pytest.raises(UserError, match="is being prepared by another process: wait") as error:
+            files.write(tmp_path, corpus_of([("train", [5, 6]), ("val", [7, 8])]), say)
+        assert str(error.value).startswith(str(tmp_path))
+        yield "val", [3, 4]
+
+    files.write(tmp_path, corpus_of(pieces()), silent)
+    assert (ids_of(tmp_path, "train"), ids_of(tmp_path, "val")) == ([1, 2], [3, 4])
+    files.write(tmp_path, corpus_of([("train", [5, 6]), ("val", [7, 8])]), silent)
+    assert (names(tmp_path), ids_of(tmp_path, "val")) == (FILES, [7, 8])
+
+
+@pytest.fixture
+def a_short_library(tmp_path_factory, monkeypatch):
+    root, of = tmp_path_factory.mktemp("library"), pystdlib.corpus
+    a_library(root)
+    monkeypatch.setattr(pystdlib, "corpus", lambda: of(root))
+
+
+@pytest.mark.usefixtures("a_short_library")
+def test_two_first_uses_make_the_set_once_and_both_have_it(tmp_path):
+    """Made twice, the first one's files would be exchanged under it while it trains."""
+    waiting, made = threading.Event(), []
+
+    def say(line):
+        if "waiting for another process" in line:
+            waiting.set()
+
+    def second():
+        try:
+            prepare_on_first_use("pystdlib", tmp_path, say)
+        finally:
+            waiting.set()
+        made.append((tmp_path / "val.bin").stat().st_ino)
+
+    def pieces():
+        yield "train", [1, 2]
+        thread.start()
+        assert waiting.wait(60)
+        yield "val", [3, 4]
+
+    thread = threading.Thread(target=second)
+    files.write(tmp_path, corpus_of(pieces()), silent)
+    thread.join(60)
+    assert made == [(tmp_path / "val.bin").stat().st_ino]
+    assert ids_of(tmp_path, "val") == [3, 4]
+
+
+@pytest.mark.parametrize("locks", ["refused", "absent"])
+def test_without_locks_what_a_killed_run_left_goes_once_it_is_stale(tmp_path, monkeypatch, locks):
+    def refuse(*_):
+        raise OSError(errno.EBADF, "Bad file descriptor")  # as NFS does, of a folder
+
+    if locks == "absent":
+        monkeypatch.setattr(files, "fcntl", None)
+    else:
+        monkeypatch.setattr(files.fcntl, "flock", refuse)
     for name in ("old", "new"):
         (tmp_path / f".preparing-{name}").mkdir()
         (tmp_path / f".preparing-{name}" / "train.bin").write_bytes(b"half")
@@ -138,6 +306,44 @@ def test_what_a_killed_run_left_goes_once_it_is_stale(tmp_path):
         os.utime(path, (time.time() - 7200,) * 2)
     files.write(tmp_path, corpus_of([("train", [1, 2]), ("val", [3, 4])]), silent)
     assert names(tmp_path) == [".preparing-new", *FILES]
+
+
+def test_files_are_on_the_disk_before_they_have_their_names(tmp_path, monkeypatch):
+    """Else a power cut could leave an empty file under a final name."""
+    events, fsync, replace = [], os.fsync, os.replace
+
+    def synced(descriptor):
+        found = os.fstat(descriptor)
+        events.append(("sync", found.st_ino, found.st_size))
+        fsync(descriptor)
+
+    def renamed(source, target):
+        found = os.stat(source)
+        assert ("sync", found.st_ino, found.st_size) in events, source
+        events.append(("rename", found.st_ino))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", renamed)
+    files.write(tmp_path, corpus_of([("train", [1, 2]), ("val", [3, 4])]), silent)
+    folder = tmp_path.stat().st_ino
+    kinds = [kind if inode != folder else "folder" for kind, inode, *_ in events]
+    assert kinds == ["sync"] * 3 + ["folder"] + ["rename"] * 3 + ["folder"]
+
+
+def test_a_file_system_that_cannot_flush_a_folder_is_used_all_the_same(tmp_path, monkeypatch):
+    fsync, refused = os.fsync, []
+
+    def refuse(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            refused.append(descriptor)
+            raise OSError(errno.EINVAL, "Invalid argument")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    files.write(tmp_path, corpus_of([("train", [1, 2]), ("val", [3, 4])]), silent)
+    assert names(tmp_path) == FILES
+    assert len(refused) == 2
 
 
 def test_token_files_are_headerless_little_endian_uint16(tmp_path):
@@ -333,6 +539,19 @@ def test_a_download_arrives_whole(get):
     assert asked == [None]
 
 
+def test_a_download_is_on_the_disk_before_it_has_its_name(get, monkeypatch, tmp_path):
+    synced, fsync = [], os.fsync
+
+    def sync(descriptor):
+        synced.append((os.fstat(descriptor).st_ino, (tmp_path / "input.txt").exists()))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    with serve() as (url, _):
+        get(url)
+    assert synced == [((tmp_path / "input.txt").stat().st_ino, False)]
+
+
 def test_a_download_cut_half_way_goes_on_from_there(get):
     with serve(sends=[100_000, 50_000]) as (url, asked):
         get(url)
@@ -437,6 +656,7 @@ def test_openwebtext_ends_each_document_and_splits_by_number(
         assert ids[-1] == 50256
         assert gpt2.decode(ids) == "".join(text + "<|endoftext|>" for text in documents)
         assert ids.count(50256) == len(documents)
+    assert "interrupted, it starts again from the first document" in said[0]
     assert any("1,024 documents, " in line and "tokens/s" in line for line in said)
     assert any("2,100 documents came" in line for line in said)
     assert for_dataset(tmp_path)[1] == 50304

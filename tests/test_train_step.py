@@ -13,7 +13,7 @@ from gpt_jax.config import GPTConfig, TrainConfig
 from gpt_jax.model import GPT
 from gpt_jax.optimizer import make_optimizer
 from gpt_jax.sharding import batch_sharding, make_mesh, state_sharding
-from gpt_jax.train_step import TrainState, init_state, make_train_step, rescale
+from gpt_jax.train_step import init_state, make_train_step, rescale
 
 SIZES = {"block_size": 8, "vocab_size": 32, "n_layer": 1, "n_head": 2, "n_embd": 16}
 MODEL = GPT(GPTConfig(**SIZES, bias=False))
@@ -106,10 +106,15 @@ def test_loss_is_the_mean_over_micro_batches_and_grad_norm_is_the_means_norm(): 
         np.testing.assert_allclose(after, before - mean[name], rtol=1e-5, atol=1e-6, err_msg=name)
 
 
-def test_metrics_are_float32_scalars():
+def test_metrics_are_scalars():
     _, metrics = STEP(state_of(ADAMW), *batch(2, 8))
-    assert set(metrics) == {"loss", "grad_norm"}
-    assert all((x.shape, x.dtype) == ((), jnp.float32) for x in metrics.values())
+    kinds = {name: (x.shape, x.dtype) for name, x in metrics.items()}
+    assert kinds == {
+        "loss": ((), jnp.float32),
+        "grad_norm": ((), jnp.float32),
+        "skipped": ((), jnp.int32),
+        "skipped_in_a_row": ((), jnp.int32),
+    }
 
 
 def test_accumulation_over_1_2_and_8_micro_batches_is_the_same_update():  # C13, T20
@@ -307,19 +312,190 @@ def test_the_scale_doubles_after_enough_good_steps(half_step):  # T11
 )
 def test_the_scale_stays_between_1_and_its_largest(monkeypatch, finite, scale, expected):
     monkeypatch.setattr(module, "SCALE_DOUBLES_AFTER", 1)
-    zero = jnp.int32(0)
-    old = TrainState({}, {}, zero, jax.random.key(0), jnp.float32(scale), zero)
-    assert rescale(old, old, jnp.bool_(finite)).loss_scale == expected
+    state = init_state({}, SGD).replace(loss_scale=jnp.float32(scale))
+    assert rescale(state, jnp.bool_(finite)).loss_scale == expected
 
 
-def test_the_learning_rate_follows_the_iteration_past_an_update_left_out():
-    config = TrainConfig(grad_clip=0.0)
-    params = {name: {"weight": jnp.ones((2, 2))} for name in ("wte", "wpe")}
-    tx = make_optimizer(config)
-    old = init_state(params, tx)
-    _, opt_state = tx.update(params, old.opt_state, params)
-    new = rescale(old, old.replace(opt_state=opt_state), jnp.asarray(False))
-    counted = (optax.ScaleByAdamState, optax.ScaleByScheduleState)
-    states = jax.tree.leaves(new.opt_state, is_leaf=lambda x: isinstance(x, counted))
-    counts = [int(x.count) for x in states if isinstance(x, counted)]
-    assert sorted(counts) == [0, 1]  # Adam's own stands still, the schedule's goes on
+def test_an_overflow_is_in_a_row_only_where_the_scale_cannot_come_down(half_step):
+    """Coming down from 2**24 takes more updates in a row than a run may leave out."""
+    state, metrics = half_step(state_of(ADAMW, loss_scale=2.0**24), *batch(2, 8))
+    assert (metrics["skipped"], metrics["skipped_in_a_row"]) == (1, 0)
+    broken = {**state.params, "ln_f": {"weight": jnp.full(16, jnp.inf)}}
+    state = state.replace(params=broken, loss_scale=jnp.float32(1))
+    for n in (1, 2):
+        state, metrics = half_step(state, *batch(2, 8))
+        assert (metrics["skipped"], metrics["skipped_in_a_row"]) == (1 + n, n)
+
+
+# --- updates that are left out
+
+
+def poisoned_gradient(name, number):
+    """A GPT whose gradient, but not its loss, has ``number`` in the leaf of this name."""
+
+    @jax.custom_vjp
+    def poison(x):
+        return x
+
+    poison.defvjp(lambda x: (x, None), lambda _, g: (g.at[(0,) * g.ndim].set(number),))
+
+    class Poisoned(GPT):
+        def total_loss(self, *batch, **kwargs):
+            total, n = super().total_loss(*batch, **kwargs)
+            path = name.split("/")
+            leaf = self.variables["params"]
+            for part in path:
+                leaf = leaf[part]
+            return total + 0 * poison(leaf).sum(), n
+
+    return Poisoned(MODEL.config)
+
+
+def poison_update(at, number):
+    """An optimizer that makes an update of ``number`` at one step."""
+
+    def update(updates, count, params=None):
+        return jax.tree.map(lambda u: jnp.where(count == at, number, u), updates), count + 1
+
+    return optax.chain(ADAMW, optax.GradientTransformation(lambda _: jnp.int32(0), update))
+
+
+def poison_loss(state, tokens, targets, number):
+    params = {**state.params, "ln_f": {"weight": jnp.full(16, number, jnp.float32)}}
+    return state.replace(params=params), tokens, targets
+
+
+def poison_data(state, tokens, targets, _):
+    """An id that the vocabulary does not have: its loss is nan."""
+    return state, tokens, np.where(np.arange(8) == 3, 99, targets).astype(np.int32)
+
+
+def assert_left_out(step, state, tokens, targets):
+    """The next update changes nothing but the counters; return the state after it."""
+    before = floats((state.params, state.opt_state))
+    counter, skipped = int(state.step), int(state.skipped[0])
+    state, metrics = step(state, tokens, targets)
+    after = floats((state.params, state.opt_state))
+    for name, x in before.items():
+        assert x.tobytes() == after[name].tobytes(), name
+    assert (state.step, metrics["skipped"]) == (counter + 1, skipped + 1)
+    return state
+
+
+@pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("poison", [poison_loss, poison_data])
+def test_a_loss_that_is_no_number_leaves_the_update_out(poison, number):  # C22
+    state = state_of(ADAMW)
+    for seed in range(2):
+        state, _ = STEP(state, *batch(2, 8, seed))
+    poisoned, tokens, targets = poison(state, *batch(2, 8, 2), number)
+    assert_left_out(STEP, poisoned, tokens, targets)
+
+
+@pytest.mark.parametrize("number", [np.nan, np.inf, 1e38])
+@pytest.mark.parametrize("name", ["wte/weight", "h/mlp/c_fc/weight"])
+def test_one_bad_number_in_a_gradient_leaves_the_update_out(name, number):  # C22
+    """Of 1e38 the norm overflows."""
+    state, _ = STEP(state_of(ADAMW), *batch(2, 8))
+    step = make_train_step(poisoned_gradient(name, number), ADAMW)
+    state = assert_left_out(step, state, *batch(2, 8, 1))
+    assert np.isfinite(step(state, *batch(2, 8, 1))[1]["loss"])
+
+
+@pytest.mark.parametrize("number", [np.nan, np.inf])
+def test_an_update_that_is_no_number_is_left_out_though_its_gradient_is_fine(number):  # C22
+    tx = poison_update(1, number)
+    step = make_train_step(MODEL, tx)
+    state, _ = step(state_of(tx), *batch(2, 8))
+    assert_left_out(step, state, *batch(2, 8, 1))
+
+
+def test_updates_left_out_are_counted_and_training_goes_on_as_if_they_had_not_been():  # C22
+    """But for the schedule of the learning rate, which follows the iteration."""
+    state, bad = state_of(ADAMW), poison_data(None, *batch(2, 8), 0)[1:]
+    counts = []
+    for seed in (0, None, None, 1, None, 2):
+        state, metrics = STEP(state, *(bad if seed is None else batch(2, 8, seed)))
+        counts.append((int(metrics["skipped"]), int(metrics["skipped_in_a_row"])))
+    assert counts == [(0, 0), (1, 1), (2, 2), (2, 0), (3, 1), (3, 0)]
+    assert state.step == 6
+
+    tx = make_optimizer(TrainConfig(**{**vars(CONFIG), "decay_lr": False}))
+    step, with_bad, without = make_train_step(MODEL, tx), state_of(tx), state_of(tx)
+    for seed in (0, None, 1):
+        with_bad, _ = step(with_bad, *(bad if seed is None else batch(2, 8, seed)))
+    for seed in (0, 1):
+        without, _ = step(without, *batch(2, 8, seed))
+    for name, x in floats((with_bad.params, moments(with_bad))).items():
+        assert x.tobytes() == floats((without.params, moments(without)))[name].tobytes(), name
+
+
+def test_the_learning_rate_follows_the_iteration_past_updates_left_out():
+    bad, rates = poison_data(None, *batch(2, 8), 0)[1:], []
+    for first in (batch(2, 8), bad):
+        tx = optax.scale_by_schedule(lambda step: -(1.0 + step))
+        step, state = make_train_step(MODEL, tx), state_of(tx)
+        for tokens, targets in (first, bad):
+            state, _ = step(state, tokens, targets)
+        state = state.replace(params=jax.tree.map(jnp.array, PARAMS))
+        state, _ = step(state, *batch(2, 8, 7))
+        rates.append(floats(state.params))
+    for name, x in rates[0].items():
+        np.testing.assert_array_equal(x, rates[1][name], err_msg=name)
+        assert (x != floats(PARAMS)[name]).any()
+
+
+def history(losses, norms):
+    """As many of the last losses and norms, nothing before them."""
+    recent = np.full((2, module.WINDOW), -1, np.float32)
+    recent[:, module.WINDOW - len(losses) :] = losses, norms
+    return recent
+
+
+SPREAD = np.random.default_rng(0).normal(0, 1, 128)
+
+
+@pytest.mark.parametrize(
+    ("loss", "norm", "n", "zscore", "spike"),
+    [
+        (3 + 0.9, 1.0, 128, 6, True),  # of losses around 3, 0.1 apart
+        (3 + 0.3, 1.0, 128, 6, False),
+        (3 + 0.3, 1.0, 128, 2, True),
+        (3 - 0.9, 1.0, 128, 6, False),  # only what is above
+        (3.0, 1 + 0.9, 128, 6, True),  # of norms around 1, 0.1 apart
+        (3.0, 1 + 0.3, 128, 6, False),
+        (9.0, 9.0, 31, 6, False),  # too few to tell
+        (9.0, 9.0, 32, 6, True),
+    ],
+)
+def test_a_spike_stands_out_from_the_last_updates(loss, norm, n, zscore, spike):  # C23
+    recent = history(3 + 0.1 * SPREAD[:n], 1 + 0.1 * SPREAD[:n])
+    found = module.is_spike(jnp.array(recent), jnp.float32(loss), jnp.float32(norm), zscore)
+    assert bool(found) == spike
+
+
+def test_a_spike_of_ten_sigma_is_left_out_and_counted_when_asked_for():  # C23
+    """And the next ones too: it does not come into what they are held against."""
+    plain, guarded = STEP, make_train_step(MODEL, ADAMW, spike_zscore=6.0)
+    _, found = STEP(state_of(ADAMW), *batch(2, 8))
+    loss, norm = float(found["loss"]), float(found["grad_norm"])
+
+    def state_after(sigmas):
+        """As of a run whose losses have been ``sigmas`` deviations below this one's."""
+        losses, norms = loss - 0.1 * sigmas + 0.1 * SPREAD, norm + 0.1 * SPREAD
+        return state_of(ADAMW, recent=history(losses, np.maximum(norms, 0)))
+
+    state = assert_left_out(guarded, state_after(10), *batch(2, 8))
+    assert state.recent.tobytes() == state_after(10).recent.tobytes()
+    assert_left_out(guarded, state, *batch(2, 8))
+
+    calm, metrics = guarded(state_after(0), *batch(2, 8))
+    assert metrics["skipped"] == 0
+    np.testing.assert_allclose(calm.recent[:, -1], [loss, norm], rtol=1e-6)
+    np.testing.assert_array_equal(calm.recent[:, :-1], state_after(0).recent[:, 1:])
+
+    untouched, metrics = plain(state_after(10), *batch(2, 8))
+    without, _ = plain(state_of(ADAMW), *batch(2, 8))
+    assert metrics["skipped"] == 0
+    for name, x in floats((without.params, without.opt_state)).items():
+        assert x.tobytes() == floats((untouched.params, untouched.opt_state))[name].tobytes()

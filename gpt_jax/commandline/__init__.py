@@ -5,7 +5,6 @@ One layer over another: defaults < the saved run (when it is resumed) < config f
 
 import json
 import os
-import tempfile
 import textwrap
 from contextlib import suppress
 from dataclasses import fields
@@ -15,8 +14,9 @@ from typing import Any
 from gpt_jax.commandline.files import PRESETS, read_config, suggest
 from gpt_jax.config import Checked, Hardware, LoadConfig, T, TrainConfig, typed
 from gpt_jax.errors import UserError
-from gpt_jax.runtime import all_see, is_first
+from gpt_jax.integrity import replace_file, written
 
+LONGEST_PROMPT = 10**7  # characters: a device in place of a file has no end
 BOOLS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 READERS = {int: float, float: float, bool: lambda text: BOOLS[text.lower()], str: str}
 
@@ -115,6 +115,20 @@ def notes(config: TrainConfig | LoadConfig) -> list[str]:
     return lines
 
 
+def read_prompt(start: str) -> str:
+    """Return the prompt that ``--start`` gives: a text, or FILE: and where the text is."""
+    if not start.startswith("FILE:"):
+        return start
+    try:
+        with open(start[5:], encoding="utf-8") as file:
+            prompt = file.read(LONGEST_PROMPT + 1)
+    except (OSError, ValueError) as error:
+        raise UserError(f"start={start}: cannot be read as text ({error})") from None
+    if len(prompt) > LONGEST_PROMPT:
+        raise UserError(f"start={start}: it is longer than {LONGEST_PROMPT:,} characters: cut it")
+    return prompt
+
+
 def compact(config: Checked) -> str:
     """Return the keys that differ from their defaults, in lines of at most 100 columns."""
     pairs = [(f, getattr(config, f.name)) for f in in_order(type(config))]
@@ -123,17 +137,6 @@ def compact(config: Checked) -> str:
 
 def save_config(config: TrainConfig) -> None:
     """Write the resolved config to OUT_DIR/config.json."""
-    path = Path(config.out_dir) / "config.json"
-    path.write_text(json.dumps(vars(config), indent=1) + "\n", "utf-8")
-
-
-def make_writable(out_dir: str) -> None:
-    """Make the run's folder; UserError now, not at the first checkpoint, if it cannot be."""
-    try:
-        if is_first():
-            Path(out_dir).mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=out_dir):
-                pass
-    except OSError as error:
-        raise UserError(f"out_dir={out_dir} cannot be written: {error}") from None
-    all_see(out_dir)
+    with written(config.out_dir):
+        path = Path(config.out_dir) / "config.json"
+        replace_file(path, json.dumps(vars(config), indent=1) + "\n")

@@ -4,14 +4,14 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from gpt_jax import checkpoint
 from gpt_jax.commandline import notes
 from gpt_jax.config import LoadConfig, key, parse
-from gpt_jax.data import evaluation_starts, open_split
+from gpt_jax.data import evaluation_starts
 from gpt_jax.errors import exit_code
 from gpt_jax.evaluation import evaluate, make_eval_step
+from gpt_jax.prepare.checked import open_checked
 from gpt_jax.prepare.dataset import for_dataset
-from gpt_jax.pretrained import load
+from gpt_jax.pretrained import load, load_run
 from gpt_jax.runtime import connected, use_platform
 from gpt_jax.sharding import make_mesh
 
@@ -40,18 +40,20 @@ def measure(config: EvalConfig) -> None:
     """Evaluate, over all devices of all processes."""
     use_platform(config.device)
     mesh = make_mesh(config.device, config.data, config.fsdp, config.tensor)
-    source = config.out_dir if config.init_from == "resume" else config.init_from
-    model, params, tokenizer = load(source, step=config.step, dtype=config.dtype, mesh=mesh)
     dataset = config.dataset
-    if not dataset and config.init_from == "resume":
-        number = checkpoint.choose(source, config.step)
-        dataset = checkpoint.read_meta(source, number)["config"]["dataset"]
-        print(f"{source}, iteration {number}, on {dataset}", file=sys.stderr)
+    if config.init_from == "resume":
+        model, params, tokenizer, meta = load_run(config.out_dir, config.step, config.dtype, mesh)
+        dataset = dataset or meta["config"]["dataset"]
+        print(f"{config.out_dir}, iteration {meta['iter']}, on {dataset}", file=sys.stderr)
+    else:
+        model, params, tokenizer = load(
+            config.init_from, step=config.step, dtype=config.dtype, mesh=mesh
+        )
     folder = Path(config.data_dir) / (dataset or "openwebtext")
     _, _, dtype = for_dataset(folder)
     eval_step = make_eval_step(model, mesh)
     for name in ("train", "val") if config.split == "all" else (config.split,):
-        split = open_split(folder, name, model.config.vocab_size, dtype, model.config.block_size)
+        split = open_checked(folder, name, model.config.vocab_size, dtype, model.config.block_size)
         starts = evaluation_starts(split)
         result = evaluate(eval_step, params, split, starts, config.batch_size, mesh, tokenizer)
         bits = "n/a" if result.bits_per_byte is None else f"{result.bits_per_byte:.4f}"

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from gpt_jax.errors import UserError
+from gpt_jax.prepare.files import sync
 
 TRIES = 3
 TIMEOUT_SECONDS = 30
@@ -38,6 +39,7 @@ def download(
             continue
         found = hashlib.sha256(part.read_bytes()).hexdigest()
         if found == sha256:
+            sync(part)
             os.replace(part, target)
             return
         part.unlink()

@@ -17,9 +17,14 @@ from gpt_jax.errors import UserError
 from gpt_jax.prepare.dataset import GPT2_VOCAB_SIZE
 from gpt_jax.tokenizer import Tokenizer
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 TEMPORARY = ".preparing-"
 MAX_TOKENS = 2**16 - 1  # ids of uint16
-STALE_SECONDS = 3600  # a run that has written nothing for so long was interrupted
+STALE_SECONDS = 3600  # where no lock tells: a run that wrote nothing for so long was interrupted
 
 
 @dataclass(frozen=True)
@@ -31,18 +36,30 @@ class Corpus:
     pieces: Iterable[tuple[str, Sequence[int]]]  # ("train" or "val", token ids)
 
 
-def write(folder: Path, corpus: Corpus, log: Callable[[str], None]) -> None:
-    """Write a corpus into folder; UserError, and no file, where it is too small or disk fails."""
+def write(
+    folder: Path, corpus: Corpus, log: Callable[[str], None], *, first_use: bool = False
+) -> None:
+    """Write a corpus into folder; UserError, and no file, where it is too small or disk fails.
+
+    On first use this waits for another process that prepares the folder, and takes what it made.
+    """
     with disk(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        _sweep(folder)
-        with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=folder) as temporary:
-            meta = _write(Path(temporary), corpus)
-            # A folder is a data set once it has val.bin, so the older one goes first and the new
-            # one comes last: wherever this stops, new tokens never meet an old vocabulary.
-            (folder / "val.bin").unlink(missing_ok=True)
-            for file in ("meta.json", "train.bin", "val.bin"):
-                os.replace(Path(temporary, file), folder / file)
+        with _alone(folder, first_use, log) as locked:
+            if first_use and (folder / "val.bin").exists():
+                return
+            _sweep(folder, locked)
+            with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=folder) as temporary:
+                meta = _write(Path(temporary), corpus)
+                # A folder is a data set once it has val.bin, so the older one goes first and the
+                # new one comes last; train.bin is away while meta.json changes. Wherever this
+                # stops, no tokens meet another vocabulary.
+                for name in ("val.bin", "train.bin"):
+                    (folder / name).unlink(missing_ok=True)
+                _sync_names(folder)
+                for name in ("meta.json", "train.bin", "val.bin"):
+                    os.replace(Path(temporary, name), folder / name)
+                _sync_names(folder)
     log(f"{folder}: from {corpus.source}")
     for split, count in meta["tokens"].items():
         log(f"  {split + '.bin':10} {count:,} tokens, {2 * count:,} bytes")
@@ -70,15 +87,68 @@ def _write(temporary: Path, corpus: Corpus) -> dict[str, Any]:
         "source": corpus.source,
     }
     (temporary / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", "utf-8")
+    for name in ("meta.json", "train.bin", "val.bin"):
+        sync(temporary / name)
     return meta
 
 
-def _sweep(folder: Path) -> None:
-    """Remove what an interrupted run left, however it ended; a run at work is left alone."""
+def sync(path: Path) -> None:
+    """Wait until a file is on the disk, so that a power cut cannot leave its new name empty."""
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
+
+
+def _sync_names(folder: Path) -> None:
+    """Wait until the names in a folder are on the disk, where the file system can tell."""
+    with suppress(OSError), _open_folder(folder) as descriptor:
+        os.fsync(descriptor)
+
+
+@contextmanager
+def _open_folder(folder: Path) -> Iterator[int]:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _alone(folder: Path, wait: bool, log: Callable[[str], None]) -> Iterator[bool]:
+    """Hold the folder's lock, which ends with its process however that ends.
+
+    Yields False where the file system has no locks (as NFS has none for folders).
+    """
+    if fcntl is None:
+        yield False
+        return
+    with _open_folder(folder) as descriptor:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            locked = True
+        except BlockingIOError:
+            if not wait:
+                raise UserError(
+                    f"{folder} is being prepared by another process: wait until it ends, or "
+                    "stop it, and run again"
+                ) from None
+            log(f"waiting for another process that prepares {folder}")
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            locked = True
+        except OSError:
+            locked = False
+        yield locked
+
+
+def _sweep(folder: Path, locked: bool) -> None:
+    """Remove what an interrupted run left, however it ended; a run at work is left alone.
+
+    Whoever holds the lock is the only one at work; with no locks, the time of the last write tells.
+    """
     for left in folder.glob(f"{TEMPORARY}*"):
         with suppress(OSError):  # another run may be sweeping too
             newest = max(path.stat().st_mtime for path in (left, *left.iterdir()))
-            if time.time() - newest > STALE_SECONDS:
+            if locked or time.time() - newest > STALE_SECONDS:
                 shutil.rmtree(left)
 
 

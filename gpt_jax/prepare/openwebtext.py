@@ -48,6 +48,7 @@ def corpus(log: Callable[[str], None]) -> Corpus:
 
 
 def _pieces(rows: Any, tokenizer: Any, log: Callable[[str], None]) -> Iterator[tuple[str, Any]]:
+    log("openwebtext: this takes hours; interrupted, it starts again from the first document")
     texts = _texts(rows)
     start = said = time.monotonic()
     documents = tokens = 0

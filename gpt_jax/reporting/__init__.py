@@ -7,37 +7,60 @@ import time
 from pathlib import Path
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
 
 from gpt_jax.config import TrainConfig
 from gpt_jax.errors import UserError
+from gpt_jax.integrity import replace_file, written
+from gpt_jax.metrics import flops_per_token
+from gpt_jax.model import GPT, count_params
+from gpt_jax.optimizer import decayed
+from gpt_jax.reporting.peak import peak_flops
 from gpt_jax.runtime import is_first
 
 
 class Report:
-    """Tells of a run whose steps take ``flops`` FLOPs, on hardware of ``peak`` FLOP/s or None."""
+    """Tells of a run from iteration ``first`` on: of its losses, its speed, and mfu."""
 
     def __init__(
-        self, config: TrainConfig, first: int, tokens_per_iter: int, flops: float,
-        peak: float | None, wandb_id: str | None = None,
+        self, config: TrainConfig, mesh: Mesh, model: GPT, params: Any, tokens_per_iter: int,
+        first: int, wandb_id: str | None = None,
     ):  # fmt: skip
         self.config, self.tokens_per_iter = config, tokens_per_iter
-        self.flops, self.peak = flops, peak
+        self.flops = flops_per_token(model.config, count_params(params)) * tokens_per_iter
+        peak = config.peak_flops or peak_flops(mesh.devices.flat[0])
+        self.peak = peak * mesh.size if peak else None
         self.path = Path(config.out_dir) / "metrics.jsonl" if is_first() else Path(os.devnull)
-        keep_before(self.path, first)
-        self.file = self.path.open("a", encoding="utf-8")
+        self.skipped = None  # updates left out in all, as last heard
+        with written(self.path):
+            keep_before(self.path, first)
+            self.file = self.path.open("a", encoding="utf-8")
         self.live = sys.stdout.isatty()
         self.steps, self.speed = 0, 0.0
         self.wandb = start_wandb(config, wandb_id) if config.wandb_log and is_first() else None
         self.wandb_id = self.wandb.id if self.wandb else None
         self.since = time.perf_counter()
 
-    def step(self, iteration: int, metrics: dict[str, Any], lr: float) -> None:
-        """Tell of an update, once its metrics, scalars on the device, have been computed."""
-        metrics = {name: float(value) for name, value in metrics.items()}  # waits for the device
+    def step(self, iteration: int, metrics: dict[str, Any], lr: float) -> int:
+        """Tell of an update, once its metrics, scalars on the device, have been computed.
+
+        Returns how many updates were left out in a row, this one included.
+        """
+        values = jax.device_get(metrics)  # waits for the device
+        metrics = {name: float(value) for name, value in values.items()}
+        skipped, in_a_row = int(values["skipped"]), int(values["skipped_in_a_row"])
         self.steps += 1
-        if iteration % self.config.log_interval and not self.live:
-            return
+        if self.skipped is not None and skipped > self.skipped:
+            numbers = f"loss {metrics['loss']:.4f}, gradient norm {metrics['grad_norm']:.4f}"
+            self.say(f"iter {iteration}: update left out: {numbers} ({skipped} so far)")
+        self.skipped = skipped
+        if iteration % self.config.log_interval == 0 or self.live:
+            self.speak(iteration, metrics, lr)
+        return in_a_row
+
+    def speak(self, iteration: int, metrics: dict[str, float], lr: float) -> None:
+        """Give the log line of an iteration, where one is due, and the progress line."""
         now = time.perf_counter()
         seconds = (now - self.since) / self.steps
         rate = self.tokens_per_iter / seconds
@@ -47,7 +70,8 @@ class Report:
             line = f"loss {metrics['loss']:.4f}, time {1000 * seconds:.2f}ms, mfu {share}"
             self.say(f"iter {iteration}: {line}")
             self.write({"iter": iteration, "loss": metrics["loss"], "lr": lr,
-                        "grad_norm": metrics["grad_norm"], "tokens_per_second": round(rate, 1),
+                        "grad_norm": metrics["grad_norm"], "skipped": self.skipped,
+                        "tokens_per_second": round(rate, 1),
                         **({} if mfu is None else {"mfu": round(mfu, 5)})})  # fmt: skip
             self.steps, self.since = 0, now
             self.speed = rate
@@ -72,8 +96,9 @@ class Report:
 
     def write(self, entry: dict[str, Any]) -> None:
         """Add an object to metrics.jsonl, there to be read at once."""
-        self.file.write(json.dumps(entry) + "\n")
-        self.file.flush()
+        with written(self.path):
+            self.file.write(json.dumps(entry) + "\n")
+            self.file.flush()
 
     def resume_clock(self) -> None:
         """Leave what has passed since the last step, an evaluation or a save, out of the speed."""
@@ -86,6 +111,29 @@ class Report:
             print("\r\033[K", end="", flush=True)
         if self.wandb:
             self.wandb.finish()
+
+
+def decay_groups(params: Any) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Return (tensors, parameters) with weight decay, and without, counted a layer at a time."""
+    groups = {True: [0, 0], False: [0, 0]}
+    layers = params["h"]["ln_1"]["weight"].shape[0]
+
+    def count(path, leaf, decays):
+        groups[decays][0] += layers if path[0].key == "h" else 1
+        groups[decays][1] += leaf.size
+
+    jax.tree_util.tree_map_with_path(count, params, decayed(params))
+    return (groups[True][0], groups[True][1]), (groups[False][0], groups[False][1])
+
+
+def describe_params(params: Any) -> str:
+    """Return nanoGPT's three lines on a model's size and on what weight decay pulls at."""
+    (pulled, n_pulled), (others, n_others) = decay_groups(params)
+    return (
+        f"number of parameters: {count_params(params) / 1e6:.2f}M\n"
+        f"num decayed parameter tensors: {pulled}, with {n_pulled:,} parameters\n"
+        f"num non-decayed parameter tensors: {others}, with {n_others:,} parameters"
+    )
 
 
 def describe(mesh: Mesh) -> str:
@@ -107,7 +155,7 @@ def keep_before(path: Path, iteration: int) -> None:
     """Drop from metrics.jsonl what a resumed run will say again, and a line cut off by a crash."""
     kept = [line for line, entry in entries(path) if entry["iter"] < iteration]
     if path.exists():
-        path.write_text("".join(f"{line}\n" for line in kept), "utf-8")
+        replace_file(path, "".join(f"{line}\n" for line in kept))
 
 
 def entries(path: Path) -> list[tuple[str, dict[str, Any]]]:

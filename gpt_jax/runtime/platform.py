@@ -1,6 +1,7 @@
 """The platform that a process runs on."""
 
 import ctypes
+import os
 import sys
 from importlib.metadata import entry_points
 from importlib.util import find_spec
@@ -9,12 +10,17 @@ import jax
 
 from gpt_jax.errors import UserError
 
+DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 
-def use_platform(device: str) -> None:
+
+def use_platform(device: str, deterministic: bool = False) -> None:
     """Choose the platform of a whole process, before anything touches a device: for scripts.
 
-    "auto" leaves the choice to JAX. Raises UserError for a platform that is not there.
+    "auto" leaves the choice to JAX. ``deterministic`` has XLA take only GPU kernels that give the
+    same bits each time. Raises UserError for a platform that is not there.
     """
+    if deterministic:
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DETERMINISTIC}"
     platform = {"gpu": "cuda"}.get(device, device).split(":")[0]
     if platform != "auto":
         jax.config.update("jax_platforms", platform)

@@ -1,0 +1,133 @@
+"""Whether what was written is what comes back: digests of arrays and JSON, disks that refuse.
+
+To Orbax a bit that has flipped in an array's file is as good as any.
+"""
+
+import hashlib
+import itertools
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from jax import Array
+
+from gpt_jax.errors import DamageError, RunError
+
+HIGHEST_RATIO = 1000  # bytes of arrays to a byte on the disk
+
+
+@contextmanager
+def written(path: str | Path) -> Iterator[None]:
+    """Turn whatever fails when writing below ``path`` into a RunError with the space left there."""
+    try:
+        yield
+    except Exception as error:  # Orbax passes on what its own libraries and threads raise
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        there = next(
+            p for p in (Path(path).absolute(), *Path(path).absolute().parents) if p.exists()
+        )
+        free = f"{shutil.disk_usage(there).free:,} bytes are free there"
+        advice = "what was saved before is whole: mend it and go on with --init_from=resume"
+        raise RunError(f"{path} cannot be written ({reason:.300}; {free}): {advice}") from error
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Write a file anew, so that whatever happens the old text is there or the new, whole."""
+    new = path.with_name(f".{path.name}.new")
+    with open(new, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(new, path)
+
+
+def digests(tree: Any) -> dict[str, str | None]:
+    """Return the digest of each array, by its path; None for one that holds nan or inf."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+    sums = np.asarray(checksums([x for _, x in leaves]))
+    return {n: f"{a:08x}{b:08x}" if f else None for n, (a, b, f) in zip(names, sums, strict=True)}
+
+
+@jax.jit
+def checksums(arrays: list[Array]) -> Array:
+    """Return uint32 (n, 3): two sums over each array's bits, and whether it is all finite.
+
+    Each element is mixed, one to one, with its index (the finaliser of murmur3, Appleby 2011), so
+    a change to any one changes both sums. They are integers: the same on every mesh, and on the
+    device they cost about as much as reading the array.
+    """
+
+    def checksum(x: Array) -> Array:
+        mixed = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}").astype(jnp.uint32)
+        strides = [math.prod(x.shape[axis + 1 :]) % 2**32 for axis in range(x.ndim)]
+        iotas = [jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) for axis in range(x.ndim)]
+        index = sum((i * jnp.uint32(n) for i, n in zip(iotas, strides, strict=True)), jnp.uint32(0))
+        mixed ^= index * jnp.uint32(0x9E3779B9)
+        mixed = (mixed ^ mixed >> 16) * jnp.uint32(0x85EBCA6B)
+        mixed = (mixed ^ mixed >> 13) * jnp.uint32(0xC2B2AE35)
+        mixed ^= mixed >> 16
+        sums = [mixed.sum(dtype=jnp.uint32), (mixed * (2 * index + 1)).sum(dtype=jnp.uint32)]
+        return jnp.stack([*sums, jnp.isfinite(x).all().astype(jnp.uint32)])
+
+    return jnp.stack([checksum(x) for x in arrays])
+
+
+def sealed(meta: dict[str, Any]) -> dict[str, Any]:
+    """Return a checkpoint's JSON with its own digest."""
+    text = json.dumps({n: x for n, x in meta.items() if n != "sha256"}, sort_keys=True)
+    return {**json.loads(text), "sha256": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def check_stored(path: Path, like: Any) -> None:
+    """Raise DamageError where the arrays stored at ``path`` are not of the shapes of ``like``."""
+    try:
+        metadata = ocp.PyTreeCheckpointHandler().metadata(path)  # pyright: ignore
+        stored, wanted = (
+            sorted((x.shape, str(x.dtype)) for x in jax.tree.leaves(tree))
+            for tree in (metadata, like)
+        )
+        held = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    except Exception as error:
+        refuse(path, error)
+    for there, ours in itertools.zip_longest(stored, wanted):
+        if there != ours:
+            raise DamageError(f"{path} holds other arrays than its JSON says: {there}, not {ours}")
+    claimed = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(like))
+    if claimed > 2**20 + HIGHEST_RATIO * held:
+        raise DamageError(f"{path} claims {claimed:,} bytes of arrays, but its files have {held:,}")
+
+
+def check_sizes(path: Path, config: Any) -> None:
+    """Raise DamageError where the parameters at ``path`` are not of a GPTConfig's sizes.
+
+    For before the network is even traced: the JSON may claim any number of layers.
+    """
+    try:
+        stored = ocp.PyTreeCheckpointHandler().metadata(path)  # pyright: ignore
+        wte, ln_1 = stored["wte"]["weight"].shape, stored["h"]["ln_1"]["weight"].shape
+        wpe = stored["wpe"]["weight"].shape
+        sizes = {"vocab_size": wte[0], "n_embd": wte[1], "block_size": wpe[0], "n_layer": ln_1[0]}
+    except Exception as error:
+        refuse(path, error)
+    for name, size in sizes.items():
+        if size != getattr(config, name):
+            claim = f"{name}={getattr(config, name)}"
+            raise DamageError(f"{path} is damaged: it has {name}={size}, and its JSON says {claim}")
+
+
+def refuse(path: Path, error: Exception) -> NoReturn:
+    """Raise DamageError for what Orbax could not read; what is no fault of the files goes on."""
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED: Out of memory" in str(error):
+        raise error
+    reason = f"{type(error).__name__}: {error}".splitlines()[0]
+    raise DamageError(f"{path} is damaged ({reason:.200})") from error
