@@ -38,13 +38,8 @@ def write(config: SampleConfig, prompt: str) -> None:
     stop = tokenizer.encode(config.stop)
     if len(stop) > 1:
         raise UserError(f"stop={config.stop!r} is {len(stop)} tokens of this model: it must be one")
-    rule = {
-        "max_new_tokens": config.max_new_tokens,
-        "temperature": config.temperature,
-        "top_k": config.top_k,
-        "top_p": config.top_p,
-        "stop_tokens": stop,
-    }
+    names = ("max_new_tokens", "temperature", "top_k", "top_p")
+    rule = {"stop_tokens": stop, **{name: getattr(config, name) for name in names}}
     # a key a sample: the same text whether they are written together or one after the other
     keys = jax.random.split(jax.random.key(config.seed), config.num_samples)
     if sys.stdout.isatty():

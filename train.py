@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from gpt_jax import reporting
 from gpt_jax.checkpoint import Checkpoints
-from gpt_jax.commandline import compact, notes, save_config
+from gpt_jax.commandline import compact, notes
 from gpt_jax.config import TrainConfig, parse
 from gpt_jax.data import batches, evaluation_starts
 from gpt_jax.errors import RunError, Stopped, UserError, exit_code
@@ -26,15 +26,14 @@ from gpt_jax.evaluation import Evaluation, evaluate, make_eval_step
 from gpt_jax.model import GPT
 from gpt_jax.optimizer import learning_rate, make_optimizer
 from gpt_jax.prepare import prepare_on_first_use
-from gpt_jax.prepare.checked import open_checked
-from gpt_jax.prepare.dataset import for_dataset
+from gpt_jax.prepare.checked import open_dataset
 from gpt_jax.pretrained import product_dtype
 from gpt_jax.reporting.bad_numbers import why
 from gpt_jax.reporting.summary import summary
-from gpt_jax.runtime import Stop, agree, barrier, connected, in_turn, is_first, use_platform
+from gpt_jax.runtime import Stop, agree, connected, in_turn, use_platform
 from gpt_jax.runtime.running import running
 from gpt_jax.sharding import batch_sharding, make_mesh, micro_batches, state_sharding
-from gpt_jax.start import finetune, resume, saved_meta, set_aside
+from gpt_jax.start import finetune, make_room, resume, saved_meta
 from gpt_jax.train_step import TrainState, init_state, make_train_step
 
 
@@ -56,11 +55,7 @@ def train(config: TrainConfig, stop: Stop) -> None:
     # ---- 2. What it reads -----------------------------------------------------------------------
     folder = Path(config.data_dir) / config.dataset
     in_turn(lambda: prepare_on_first_use(config.dataset, folder))
-    tokenizer, vocab_size, token_dtype = for_dataset(folder)
-    splits = {
-        name: open_checked(folder, name, vocab_size, token_dtype, config.block_size)
-        for name in ("train", "val")
-    }
+    tokenizer, vocab_size, splits = open_dataset(folder, config.block_size)
     agree({"the checkpoint to resume from": meta["iter"],
            **{f"tokens in {s.path}": len(s.tokens) for s in splits.values()}})  # fmt: skip
 
@@ -84,7 +79,6 @@ def train(config: TrainConfig, stop: Stop) -> None:
     else:
         model, state = finetune(config, dtype, tokenizer, mesh)
     splits = {name: replace(s, vocab_size=model.config.vocab_size) for name, s in splits.items()}
-
     print(reporting.describe_params(state.params))
 
     # ---- 5. What an iteration and an evaluation are ----------------------------------------------
@@ -107,11 +101,7 @@ def train(config: TrainConfig, stop: Stop) -> None:
         return
 
     # ---- 6. The loop ----------------------------------------------------------------------------
-    if is_first():
-        if not saved:
-            set_aside(config.out_dir)
-        save_config(config)
-    barrier()
+    make_room(config, new=not saved)
     report = reporting.Report(
         config, mesh, model, state.params, tokens_per_iter, meta["iter"], meta.get("wandb_id")
     )

@@ -21,7 +21,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from gpt_jax.errors import DamageError, RunError, UserError
-from gpt_jax.integrity import check_stored, digests, refuse, replace_file, sealed, written
+from gpt_jax.integrity import amend, check_digests, check_stored, digests, refuse, sealed, written
 from gpt_jax.train_step import TrainState
 
 NEEDED = ("iter", "val_loss", "config", "model", "tokenizer", "digests", "sha256")  # of the JSON
@@ -67,11 +67,8 @@ class Checkpoints:
     def note(self, step: int, losses: dict[str, Any]) -> None:
         """Add to the JSON of a step what an evaluation has found since it was saved."""
         self.losses[step] = losses["val_loss"]
-        path = self.path / str(step) / "meta" / "metadata"
         if jax.process_index() == 0:
-            with written(path):
-                meta = json.loads(path.read_text("utf-8"))
-                replace_file(path, json.dumps(sealed({**meta, **losses})))
+            amend(self.path / str(step) / "meta" / "metadata", losses)
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
         """Answer Orbax which checkpoints, the oldest first, to keep."""
@@ -125,10 +122,7 @@ def restore_tree(path: Path, item: str, like: Any, meta: dict[str, Any]) -> Any:
             tree = checkpointer.restore(path / item, like)
     except Exception as error:  # of Orbax, its libraries and the disk
         refuse(path / item, error)
-    found = digests(tree)
-    wrong = [name for name in found if found[name] != meta["digests"][item].get(name)]
-    if wrong or len(found) != len(meta["digests"][item]):
-        raise DamageError(f"{path / item} is damaged: {wrong[0]} is not what was saved")
+    check_digests(path / item, tree, meta["digests"])
     return tree
 
 

@@ -8,6 +8,7 @@ was, on any number of devices. Each epoch shifts the cuts and shuffles anew.
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,11 +46,7 @@ class Split:
 
         To read past the end of a mapped file that was cut short would kill the process by SIGBUS.
         """
-        try:
-            changed = self.opened and stamp(self.path) != self.opened
-        except OSError:
-            changed = True
-        if changed:
+        if self.opened and stamp(self.path) != self.opened:
             raise UserError(
                 f"{self.path} was replaced, written to or removed while in use (it had "
                 f"{self.opened[0]:,} bytes): put it back or prepare the data set again, and rerun"
@@ -66,9 +63,11 @@ class Split:
 
 
 def stamp(path: Path) -> tuple[int, ...]:
-    """Return a file's size in bytes, time of its last change in ns, and inode."""
-    found = path.stat()
-    return found.st_size, found.st_mtime_ns, found.st_ino
+    """Return a file's size in bytes, time of its last change in ns, and inode; () if it is gone."""
+    with suppress(OSError):
+        found = path.stat()
+        return found.st_size, found.st_mtime_ns, found.st_ino
+    return ()
 
 
 def open_split(

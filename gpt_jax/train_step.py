@@ -62,10 +62,10 @@ def make_train_step(
     all and "skipped_in_a_row" up to this one. The state passed in is donated: do not use it again.
 
     An update is left out, parameters and optimizer as they were, where it, its loss or its gradient
-    is not finite, and, with a ``spike_zscore``, where one of them is so many standard deviations above the
-    last WINDOW (as in llm.c); it still counts as a step. With float16 an overflow also halves the
-    loss scale (Micikevicius et al. 2018, "Mixed Precision Training"). On a ``mesh`` the state comes
-    laid out by sharding.py, and stays so.
+    is not finite, and, with a ``spike_zscore``, where the loss or the gradient's norm is so many
+    standard deviations above the last WINDOW (as in llm.c); it still counts as a step. With float16
+    an overflow also halves the loss scale (Micikevicius et al. 2018, "Mixed Precision Training").
+    On a ``mesh`` the state comes laid out by sharding.py, and stays so.
     """
     half = model.config.dtype == "float16"
     deterministic = model.config.dropout == 0

@@ -1,7 +1,7 @@
 """What is saved comes back bit for bit, and nothing that was good is lost."""
 
 import functools
-import json
+from contextlib import closing
 from pathlib import Path
 
 import jax
@@ -11,6 +11,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from gpt_jax import GPT, checkpoint
+from gpt_jax.checkpoint import Checkpoints
 from gpt_jax.config import TrainConfig
 from gpt_jax.errors import UserError
 from gpt_jax.optimizer import make_optimizer
@@ -58,7 +59,7 @@ def real_state(mesh, seed=0):
         if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
             return jax.random.key(seed + 7)
         if jnp.issubdtype(x.dtype, jnp.integer):
-            return np.asarray(random.integers(5, 1000), x.dtype)
+            return np.asarray(random.integers(5, 1000, x.shape), x.dtype)
         return random.uniform(0.01, 0.1, x.shape).astype(x.dtype)
 
     state = jax.tree.map(leaf, shapes()).replace(loss_scale=np.float32(4096))
@@ -67,13 +68,21 @@ def real_state(mesh, seed=0):
 
 def small_state(number=0):
     zero = jnp.zeros(())
-    return TrainState({"a": jnp.full(3, number)}, (), zero, jax.random.key(0), zero, zero)
+    return TrainState(
+        {"a": jnp.full(3, number)}, (), zero, jax.random.key(0), zero, zero, zero, zero
+    )
 
 
 def plain(state):
     """A copy in plain numpy, the key as numbers."""
     state = state.replace(key=jax.random.key_data(state.key))
     return jax.tree.map(lambda x: np.array(x, copy=True), state)
+
+
+def named(tree):
+    """The leaves by their path, as in the digests."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in leaves}
 
 
 def assert_same(a, b):
@@ -84,14 +93,23 @@ def assert_same(a, b):
         assert x.tobytes() == y.tobytes()
 
 
-def save_all(out_dir, losses, keep=2, **config):
+def save_all(out_dir, losses, keep=2, keep_every=0, **config):
     """Save a small checkpoint for each loss, at steps 10, 20, ..."""
-    manager = checkpoint.open_checkpoints(str(out_dir), keep)
-    for i, loss in enumerate(losses, 1):
-        meta = {**META, "iter": 10 * i, "val_loss": loss, "config": {**vars(CONFIG), **config}}
-        checkpoint.save(manager, small_state(i), meta, loss)
-    manager.close()
+    with closing(Checkpoints(str(out_dir), keep, keep_every)) as checkpoints:
+        for i, loss in enumerate(losses, 1):
+            meta = {**META, "iter": 10 * i, "val_loss": loss, "config": {**vars(CONFIG), **config}}
+            checkpoints.save(small_state(i), meta)
     return str(out_dir)
+
+
+def save_one(out_dir, state, meta):
+    with closing(Checkpoints(str(out_dir), 2)) as checkpoints:
+        checkpoints.save(state, meta)
+
+
+def restored(out_dir, step, mesh):
+    meta = checkpoint.read_meta(str(out_dir), step)
+    return checkpoint.restore(str(out_dir), step, placed(mesh, shapes()), meta)
 
 
 @pytest.fixture(scope="module")
@@ -99,9 +117,7 @@ def run(tmp_path_factory):
     """A real state, saved from eight devices."""
     out_dir = str(tmp_path_factory.mktemp("run"))
     state = real_state(EIGHT)
-    manager = checkpoint.open_checkpoints(out_dir, 1)
-    checkpoint.save(manager, state, {**META, "iter": 600}, 1.5)
-    manager.close()
+    save_one(out_dir, state, {**META, "iter": 600, "val_loss": 1.5})
     return out_dir, plain(state)
 
 
@@ -109,7 +125,7 @@ def run(tmp_path_factory):
 def test_a_state_comes_back_bit_for_bit_on_any_mesh(run, mesh):
     """T8, T11, C11: moments, counters, key and loss scale included, which nanoGPT loses."""
     out_dir, saved = run
-    state = checkpoint.restore(out_dir, 600, placed(mesh, shapes()))
+    state = restored(out_dir, 600, mesh)
     assert_same(plain(state), saved)
     assert jnp.issubdtype(state.key.dtype, jax.dtypes.prng_key)
     assert float(state.loss_scale) == 4096
@@ -123,7 +139,7 @@ def test_a_run_saved_on_eight_devices_goes_on_alike_on_one_two_four_and_2x4(run)
     losses = {}
     for name in ("1", "data=2", "fsdp=4", "2x4"):
         mesh = MESHES[name]
-        state = checkpoint.restore(run[0], 600, placed(mesh, shapes()))
+        state = restored(run[0], 600, mesh)
         step = make_train_step(MODEL, TX, mesh)
         losses[name] = []
         for seed in range(20):
@@ -138,10 +154,8 @@ def test_a_run_saved_on_eight_devices_goes_on_alike_on_one_two_four_and_2x4(run)
 def test_a_state_saved_from_one_device_comes_back_on_eight(tmp_path):
     """C11."""
     state = real_state(ONE, seed=3)
-    manager = checkpoint.open_checkpoints(str(tmp_path), 1)
-    checkpoint.save(manager, state, META, None)
-    manager.close()
-    back = checkpoint.restore(str(tmp_path), 1, placed(EIGHT, shapes()))
+    save_one(tmp_path, state, META)
+    back = restored(tmp_path, 1, EIGHT)
     assert_same(plain(back), plain(state))
 
 
@@ -168,7 +182,9 @@ def test_no_file_ties_a_checkpoint_to_the_devices_it_was_saved_from(run):
 
 def test_the_json_beside_it_says_what_was_said(run):
     out_dir, _ = run
-    assert checkpoint.read_meta(out_dir, 600) == {**META, "iter": 600}
+    meta = checkpoint.read_meta(out_dir, 600)
+    assert {name: meta[name] for name in META} == {**META, "iter": 600, "val_loss": 1.5}
+    assert meta["digests"]["params"].keys() == named(shapes().params).keys()
     items = {path.name for path in (Path(out_dir) / "checkpoints" / "600").iterdir()}
     assert {"params", "optimizer", "meta"} <= items
 
@@ -179,15 +195,15 @@ def test_training_on_while_a_save_runs_does_not_change_what_is_saved(tmp_path):
     saved = plain(state)
     step = make_train_step(MODEL, TX)
     tokens = jax.device_put(np.arange(16, dtype=np.int32).reshape(1, 2, 8), batch_sharding(ONE, 3))
-    manager = checkpoint.open_checkpoints(str(tmp_path), 1)
+    checkpoints = Checkpoints(str(tmp_path), 1)
     before = state
-    checkpoint.save(manager, state, META, None)
+    checkpoints.save(state, META)
     for _ in range(3):
         state, _ = step(state, tokens, tokens)
     assert before.params["wte"]["weight"].is_deleted()
     assert not np.array_equal(state.params["wte"]["weight"], saved.params["wte"]["weight"])
-    manager.close()
-    back = checkpoint.restore(str(tmp_path), 1, placed(ONE, shapes()))
+    checkpoints.close()
+    back = restored(tmp_path, 1, ONE)
     assert_same(plain(back), saved)
 
 
@@ -210,7 +226,7 @@ def test_the_newest_and_the_best_are_kept(tmp_path, losses, keep, kept):
     assert checkpoint.steps(out_dir) == kept
     finite = [loss for loss in losses if loss is not None and np.isfinite(loss)]
     best = 10 * (1 + losses.index(min(finite))) if finite else kept[-1]
-    assert checkpoint.choose(out_dir, "best") == best
+    assert checkpoint.choose(out_dir, "best")[0] == best
     params = checkpoint.folder(out_dir) / str(best) / "params"
     assert ocp.StandardCheckpointer().restore(params)["a"].tolist() == [best // 10] * 3
 
@@ -218,25 +234,24 @@ def test_the_newest_and_the_best_are_kept(tmp_path, losses, keep, kept):
 def test_a_resumed_run_still_knows_which_checkpoint_is_the_best(tmp_path):
     """T18: over a restart of the process that writes."""
     out_dir = save_all(tmp_path, [3.0, 1.0, 2.0], 1)
-    manager = checkpoint.open_checkpoints(out_dir, 1)
-    for number, loss in ((40, 2.5), (50, 1.5)):
-        checkpoint.save(manager, small_state(), {**META, "iter": number, "val_loss": loss}, loss)
-    manager.close()
+    with closing(Checkpoints(out_dir, 1)) as checkpoints:
+        for number, loss in ((40, 2.5), (50, 1.5)):
+            checkpoints.save(small_state(), {**META, "iter": number, "val_loss": loss})
     assert checkpoint.steps(out_dir) == [20, 50]
-    assert checkpoint.choose(out_dir, "best") == 20
+    assert checkpoint.choose(out_dir, "best") == [20, 50]
 
 
 def test_a_step_is_chosen_by_number_latest_best_or_as_nanogpt_would(tmp_path):
     """S1, T18."""
     out_dir = save_all(tmp_path / "all", [3.0, 1.0, 2.0], 3)
     assert checkpoint.steps(out_dir) == [10, 20, 30]
-    assert checkpoint.choose(out_dir, "latest") == 30
-    assert checkpoint.choose(out_dir, "best") == 20
-    assert checkpoint.choose(out_dir, "10") == 10
-    assert checkpoint.choose(out_dir, "") == 30  # ckpt.pt is overwritten at each evaluation
+    assert checkpoint.choose(out_dir, "latest") == [30, 20, 10]
+    assert checkpoint.choose(out_dir, "best") == [20, 30, 10]
+    assert checkpoint.choose(out_dir, "10") == [10]
+    assert checkpoint.choose(out_dir, "")[0] == 30  # ckpt.pt is overwritten at each evaluation
     improved = save_all(tmp_path / "best", [3.0, 1.0, 2.0], 3, always_save_checkpoint=False)
-    assert checkpoint.choose(improved, "") == 20
-    assert checkpoint.choose(improved, "latest") == 30
+    assert checkpoint.choose(improved, "") == [20, 30, 10]
+    assert checkpoint.choose(improved, "latest") == [30, 20, 10]
 
 
 def test_a_step_that_is_not_there_is_refused_with_those_that_are(tmp_path):
@@ -256,10 +271,8 @@ def test_what_an_interrupted_save_left_is_no_checkpoint_and_is_in_nobodys_way(tm
     left = checkpoint.folder(out_dir) / "20.orbax-checkpoint-tmp"
     (left / "params").mkdir(parents=True)
     assert checkpoint.steps(out_dir) == [10]
-    assert checkpoint.choose(out_dir, "latest") == 10
-    manager = checkpoint.open_checkpoints(out_dir, 2)
-    checkpoint.save(manager, small_state(2), {**META, "iter": 20}, None)
-    manager.close()
+    assert checkpoint.choose(out_dir, "latest") == [10]
+    save_one(out_dir, small_state(2), {**META, "iter": 20})
     assert not left.exists()
     assert checkpoint.steps(out_dir) == [10, 20]
     params = checkpoint.folder(out_dir) / "20" / "params"
@@ -282,55 +295,4 @@ def test_a_damaged_json_is_refused_by_name_and_blocks_no_other_checkpoint(tmp_pa
         checkpoint.read_meta(out_dir, 10)
     assert str(error.value).startswith(f"{path} cannot be read")
     assert "\n" not in str(error.value)
-    assert checkpoint.choose(out_dir, "latest") == checkpoint.choose(out_dir, "") == 20
-
-
-def tree(folder):
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
-
-
-def test_an_old_run_is_moved_aside_whole_as_often_as_need_be(tmp_path, capsys):
-    out = tmp_path / "out"
-    runs = []
-    for loss in (3.0, 2.0):
-        save_all(out, [loss])
-        (out / "metrics.jsonl").write_text(f"{loss}\n")
-        (out / "notes").mkdir()
-        (out / "notes" / "mine.txt").write_text("kept")
-        runs.append({name: data for name, data in tree(out).items() if "previous-" not in name})
-        checkpoint.set_aside(str(out))
-        assert checkpoint.steps(str(out)) == []
-        assert f"{out} held a run: it is in {out / f'previous-{len(runs)}'}" in (
-            capsys.readouterr().out
-        )
-    assert sorted(path.name for path in out.iterdir()) == ["previous-1", "previous-2"]
-    assert [tree(out / "previous-1"), tree(out / "previous-2")] == runs
-    assert json.loads(
-        (out / "previous-2" / "checkpoints" / "10" / "meta" / "metadata").read_text()
-    )["val_loss"] == 2.0  # fmt: skip
-
-
-def test_runs_set_aside_by_number_do_not_meet_when_one_was_deleted(tmp_path):
-    out = tmp_path / "out"
-    for name in ("previous-2", "previous-of-mine"):
-        (out / name).mkdir(parents=True)
-        (out / name / "file").write_text(name)
-    for _ in range(2):
-        save_all(out, [1.0])
-        checkpoint.set_aside(str(out))
-    names = ["previous-1", "previous-2", "previous-3", "previous-of-mine"]
-    assert sorted(path.name for path in out.iterdir()) == names
-    assert (out / "previous-2" / "file").read_text() == "previous-2"
-
-
-def test_a_folder_that_holds_no_run_is_left_as_it_is(tmp_path, capsys):
-    (tmp_path / "config.py").write_text("x")
-    (tmp_path / "checkpoints").mkdir()
-    checkpoint.set_aside(str(tmp_path))
-    checkpoint.set_aside(str(tmp_path / "nothing"))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints", "config.py"]
-    assert not capsys.readouterr().out
+    assert checkpoint.choose(out_dir, "latest") == checkpoint.choose(out_dir, "") == [20, 10]

@@ -12,6 +12,7 @@ from flax.traverse_util import flatten_dict
 from gpt_jax.config import GPTConfig, TrainConfig
 from gpt_jax.model import GPT
 from gpt_jax.optimizer import decayed, learning_rate, make_optimizer
+from gpt_jax.reporting import decay_groups
 
 GPT2 = TrainConfig(learning_rate=6e-4, warmup_iters=2000, lr_decay_iters=600_000, min_lr=6e-5)
 CHAR = TrainConfig(learning_rate=1e-3, warmup_iters=100, lr_decay_iters=5000, min_lr=1e-4)

@@ -1,6 +1,5 @@
 """A model by name: what a run saved, ready to compute."""
 
-import json
 import shutil
 from dataclasses import replace
 from types import SimpleNamespace
@@ -12,8 +11,10 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from gpt_jax import GPT, GPTConfig, checkpoint, load
+from gpt_jax.checkpoint import Checkpoints
 from gpt_jax.config import TrainConfig
-from gpt_jax.errors import UserError
+from gpt_jax.errors import DamageError, UserError
+from gpt_jax.integrity import amend
 from gpt_jax.interop import gpt2
 from gpt_jax.pretrained import product_dtype
 from gpt_jax.sharding import make_mesh
@@ -34,7 +35,7 @@ def params_of(step):
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
-    manager = checkpoint.open_checkpoints(str(folder), len(LOSSES))
+    checkpoints = Checkpoints(str(folder), len(LOSSES))
     for step, loss in LOSSES.items():
         meta = {
             "iter": step,
@@ -44,9 +45,10 @@ def saved(tmp_path_factory):
             "tokenizer": TOKENIZER.to_json(),
         }
         zero = jnp.zeros(())
-        state = TrainState(params_of(step), (), zero, jax.random.key(0), zero, zero)
-        checkpoint.save(manager, state, meta, loss)
-    manager.close()
+        key = jax.random.key(0)
+        state = TrainState(params_of(step), (), zero, key, zero, zero, zero, zero)
+        checkpoints.save(state, meta)
+    checkpoints.close()
     return folder
 
 
@@ -57,9 +59,8 @@ def run(saved, tmp_path):
 
 
 def damage(out_dir, **changed):
-    """Change the newest checkpoint's JSON."""
-    path = checkpoint.folder(out_dir) / "30" / "meta" / "metadata"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changed}))
+    """Change the newest checkpoint's JSON, and seal it again, as who means harm can."""
+    amend(checkpoint.folder(out_dir) / "30" / "meta" / "metadata", changed)
 
 
 def test_a_run_loads_with_the_logits_it_was_saved_with(run):
@@ -143,23 +144,57 @@ def test_damaged_metadata_are_refused_in_one_line(run, changed, message):
     assert load(run, step="20")[0].config.n_embd == 16  # the others still load
 
 
-def test_metadata_that_are_not_json_are_refused_by_name(run):
-    """C18."""
-    (checkpoint.folder(run) / "30" / "meta" / "metadata").write_text("{")
-    with pytest.raises(UserError, match=r"checkpoints/30/meta/metadata cannot be read"):
+def flip(run, step):
+    """Turn a bit in the middle of the largest file of the parameters."""
+    files = (checkpoint.folder(run) / str(step) / "params").rglob("*")
+    path = max((file for file in files if file.is_file()), key=lambda file: file.stat().st_size)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("arrays", [True, False])
+def test_a_damaged_checkpoint_is_named_and_the_next_best_taken(run, capsys, arrays):
+    """C17, C18: whether its arrays are not what was saved or its JSON cannot be read."""
+    if arrays:
+        flip(run, 30)
+    else:
+        (checkpoint.folder(run) / "30" / "meta" / "metadata").write_text("{")
+    params = load(run)[1]
+    jax.tree.map(np.testing.assert_array_equal, params, params_of(20))
+    said = capsys.readouterr().err
+    assert said.startswith("passed over: ")
+    assert "checkpoints/30/" in said
+    assert said.count("\n") == 1
+    with pytest.raises(DamageError, match="checkpoints/30/"):
+        load(run, step="30")
+
+
+def test_where_every_checkpoint_is_damaged_none_is_loaded(run, capsys):
+    for step in LOSSES:
+        flip(run, step)
+    with pytest.raises(DamageError, match="checkpoints/10/params is damaged"):
         load(run)
+    assert capsys.readouterr().err.count("passed over: ") == 2
 
 
 @pytest.mark.parametrize(
     "claim",
-    [{"n_embd": 2**30, "n_head": 1}, {"n_layer": 2}, {"block_size": 4}, {"bias": True}],
+    [
+        {"n_embd": 2**30, "n_head": 1},
+        {"n_layer": 2**31 - 1},
+        {"n_layer": 2},
+        {"block_size": 4},
+        {"bias": True},
+    ],
     ids=str,
 )
 def test_a_model_that_claims_other_sizes_than_are_stored_is_refused_before_allocation(run, claim):
     """C19, C26: 4e18 bytes would be asked for if the first claim were believed."""
     damage(run, model={**vars(MODEL.config), **claim})
-    with pytest.raises(UserError, match=r"30/params holds arrays of other shapes than its JSON"):
-        load(run)
+    said = "is damaged: it has .*, and its JSON says|holds other arrays than its JSON says"
+    with pytest.raises(UserError, match=f"30/params ({said})"):
+        load(run, step="30")
 
 
 @pytest.mark.parametrize(

@@ -228,6 +228,7 @@ def test_of_several_processes_each_passes_on_to_jax_what_it_hears(exits, monkeyp
             with Stop() as stop:
                 signal.raise_signal(number)
             assert stop.asked
+            assert not stop.now()  # the others would wait for it
         assert len(heard) == 4
         assert not exits
         monkeypatch.setattr(signals, "ECHO", 0)
@@ -284,8 +285,10 @@ def test_each_run_starts_unasked(exits):
         stop.wait_for_save()
         signal.raise_signal(signal.SIGTERM)
     assert stop.asked
+    assert stop.now()
     with Stop() as stop:
         assert not stop.asked
+        assert not stop.now()
     assert not exits
 
 

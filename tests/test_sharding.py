@@ -159,8 +159,8 @@ def test_every_parameter_and_moment_matches_a_row_and_each_row_its_letters(bias)
     letters = {"L": 2, "C": 64, "H": 8, "D": 8, "F": 256, "V": 96, "T": 16, "3": 3}
     state = shapes_of(bias)
     leaves = named(state)
-    whole = leaves.pop("")  # counters, the key, the loss scale
-    assert all(leaf.shape == () for leaf in whole)
+    whole = leaves.pop("")  # counters, the key, the loss scale, what spikes are held against
+    assert sum(leaf.size for leaf in whole) < 300
     rows = {name for name in LAYOUT if bias or not name.endswith("bias")}
     assert set(leaves) == rows
     for name, found in leaves.items():

@@ -88,6 +88,27 @@ def sealed(meta: dict[str, Any]) -> dict[str, Any]:
     return {**json.loads(text), "sha256": hashlib.sha256(text.encode()).hexdigest()}
 
 
+def amend(path: Path, changes: dict[str, Any]) -> None:
+    """Change values of a JSON that is sealed, and seal it anew."""
+    with written(path):
+        meta = json.loads(path.read_text("utf-8"))
+        replace_file(path, json.dumps(sealed({**meta, **changes})))
+
+
+def check_digests(path: Path, tree: Any, saved: Any) -> None:
+    """Raise DamageError where ``tree``, read from ``path``, has not the digests of its saving.
+
+    ``saved`` holds those of each item, by the name of its folder.
+    """
+    expected = saved.get(path.name) if isinstance(saved, dict) else None
+    if not isinstance(expected, dict):
+        raise DamageError(f"{path} has no digests in its JSON: nobody can tell if it is damaged")
+    found = digests(tree)
+    wrong = [name for name in {**found, **expected} if found.get(name) != expected.get(name)]
+    if wrong:
+        raise DamageError(f"{path} is damaged: {wrong[0]} is not what was saved")
+
+
 def check_stored(path: Path, like: Any) -> None:
     """Raise DamageError where the arrays stored at ``path`` are not of the shapes of ``like``."""
     try:

@@ -19,6 +19,8 @@ from numpy.typing import DTypeLike
 from gpt_jax.data import Split, open_split
 from gpt_jax.errors import UserError
 from gpt_jax.prepare import command_for
+from gpt_jax.prepare.dataset import for_dataset
+from gpt_jax.tokenizer import Tokenizer
 
 WHOLE = 2**34  # tokens; of a larger file only samples are checked here, the rest as it is read
 SAMPLES = 256  # of a chunk each
@@ -33,6 +35,18 @@ SHARDS = {
     20240520: f"take that off with `tail -c +{HEADER_BYTES + 1} SHARD`",
     20240801: "its ids are Llama 3's, prepare the text it was made of",
 }
+
+
+def open_dataset(folder: Path, block_size: int) -> tuple[Tokenizer, int, dict[str, Split]]:
+    """Return tokenizer, vocab_size and the splits "train" and "val" of a data set's folder.
+
+    Raises UserError as open_checked.
+    """
+    tokenizer, vocab_size, dtype = for_dataset(folder)
+    splits = {
+        name: open_checked(folder, name, vocab_size, dtype, block_size) for name in ("train", "val")
+    }
+    return tokenizer, vocab_size, splits
 
 
 def open_checked(

@@ -68,6 +68,10 @@ class Stop:
             return multihost_utils.reached_preemption_sync_point(iteration)
         return self.asked
 
+    def now(self) -> bool:
+        """Return whether to break off what can be done again; one of several never does alone."""
+        return self.asked and not self.several
+
     def listen(self, undo: ExitStack) -> None:
         """Hear the signals from now on, until ``undo``."""
         numbers = [getattr(signal, name) for name in STOPS if hasattr(signal, name)]

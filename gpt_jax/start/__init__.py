@@ -11,13 +11,14 @@ import jax
 from jax.sharding import Mesh
 
 from gpt_jax import checkpoint
+from gpt_jax.commandline import save_config
 from gpt_jax.config import TrainConfig
 from gpt_jax.errors import DamageError, UserError
 from gpt_jax.integrity import check_sizes
 from gpt_jax.model import GPT, crop_block_size
 from gpt_jax.optimizer import make_optimizer
 from gpt_jax.pretrained import load, model_config
-from gpt_jax.runtime import is_first
+from gpt_jax.runtime import barrier, is_first
 from gpt_jax.runtime.running import LOCK
 from gpt_jax.sharding import placed, state_sharding
 from gpt_jax.tokenizer import Tokenizer
@@ -120,6 +121,15 @@ def move_damaged(out_dir: str, good: int) -> None:
     for step in checkpoint.steps(out_dir):
         if step > good:
             move(checkpoint.folder(out_dir) / str(step), Path(out_dir), f"damaged-{step}")
+
+
+def make_room(config: TrainConfig, new: bool) -> None:
+    """Write down the config of a run that begins; if it is ``new``, an earlier one makes way."""
+    if is_first():
+        if new:
+            set_aside(config.out_dir)
+        save_config(config)
+    barrier()
 
 
 def set_aside(out_dir: str) -> None:
