@@ -21,7 +21,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from gpt_jax.errors import DamageError, RunError, UserError
-from gpt_jax.integrity import amend, check_digests, check_stored, digests, refuse, sealed, written
+from gpt_jax.integrity import amend, check_digests, check_stored, digests, reading, sealed, written
 from gpt_jax.train_step import TrainState
 
 NEEDED = ("iter", "val_loss", "config", "model", "tokenizer", "digests", "sha256")  # of the JSON
@@ -117,11 +117,8 @@ def restore_tree(path: Path, item: str, like: Any, meta: dict[str, Any]) -> Any:
     more than the files can hold, and where an array is not the one whose digest ``meta`` has.
     """
     check_stored(path / item, like)
-    try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            tree = checkpointer.restore(path / item, like)
-    except Exception as error:  # of Orbax, its libraries and the disk
-        refuse(path / item, error)
+    with reading(path / item), ocp.StandardCheckpointer() as checkpointer:
+        tree = checkpointer.restore(path / item, like)
     check_digests(path / item, tree, meta["digests"])
     return tree
 

@@ -110,12 +110,12 @@ def tiktoken_tokenizer(name: str) -> Tokenizer:
 def from_json(spec: Any) -> Tokenizer:
     """Return the tokenizer of to_json's values; UserError for any others."""
     match spec:
-        case {"kind": "char", "symbols": str() | list() as symbols}:
-            if len({*map(str, symbols)}) == len(symbols) > 0:
-                return char_tokenizer([*map(str, symbols)])
+        case {"kind": "char", "symbols": str() | list() as its} if its:  # no surrogate and no ""
+            if len({x for x in its if type(x) is str and x.encode(errors="ignore")}) == len(its):
+                return char_tokenizer(its)
         case {"kind": "byte"}:
             return byte_tokenizer()
-        case {"kind": "tiktoken", "name": str() as name}:
+        case {"kind": "tiktoken", "name": str() as name} if len(name) < 60:
             return tiktoken_tokenizer(name)
     raise UserError(f"no tokenizer of kind char, byte or tiktoken can be made of {spec!r:.60}")
 

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import time
 from dataclasses import fields
 
 import pytest
@@ -14,11 +15,14 @@ from gpt_jax.commandline.files import PRESETS
 from gpt_jax.config import Checked, SampleConfig, TrainConfig, parse
 from gpt_jax.errors import UserError
 from gpt_jax.evaluate import EvalConfig
+from gpt_jax.plan import PlanConfig
 
-KINDS = st.sampled_from([TrainConfig, SampleConfig, EvalConfig])
-KEYS = sorted({f.name for kind in (TrainConfig, SampleConfig, EvalConfig) for f in fields(kind)})
+COMMANDS = (TrainConfig, SampleConfig, EvalConfig, PlanConfig)
+KINDS = st.sampled_from(COMMANDS)
+KEYS = sorted({f.name for kind in COMMANDS for f in fields(kind)})
+LONGEST = 1.0  # seconds of CPU that any one input may take
 FUZZ = settings(
-    max_examples=300,
+    max_examples=500,  # of each of three tests: C25 asks for 1,000 in all
     derandomize=True,
     deadline=None,
     database=None,
@@ -85,6 +89,7 @@ def write(path: str, text: str) -> None:
 
 
 def holds(argv: list[str], kind: type[Checked]) -> None:
+    began = time.process_time()
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             config = parse(argv, kind)
@@ -98,6 +103,7 @@ def holds(argv: list[str], kind: type[Checked]) -> None:
         assert {"-h", "--help"} & set(argv)
     else:
         assert type(config) is kind
+    assert time.process_time() - began < LONGEST
 
 
 @FUZZ

@@ -285,7 +285,7 @@ BAD = {
     "heads": (["--n_head=3"], None, "n_embd=16 is not a multiple of n_head=3"),
     "no such config": (["train_gtp2"], None, "train_gpt2"),
     "missing data": (["--dataset=none"], None, "data/none"),
-    "empty file": ([], damage("train.bin", b""), "data/text/train.bin has 0 tokens"),
+    "empty file": ([], damage("train.bin", b""), "data/text/train.bin is empty"),
     "odd file": ([], damage("val.bin", b"\0" * 101), "data/text/val.bin: 101 bytes"),
     "short file": ([], damage("val.bin", b"\0" * 20), "data/text/val.bin has 10 tokens"),
     "unknown token": ([], damage("train.bin", b"\xff\0" * 99), "token 0 is 255, but vocab_size="),

@@ -105,6 +105,9 @@ def test_a_run_that_was_killed_bars_no_one(start):
         assert json.loads(line)["pid"] == os.getpid()
         assert json.loads(line)["host"] == socket.gethostname()
     assert not os.listdir("out")
+    Path("out", LOCK).write_text("more than a line\n" * 99)
+    with running(OUT):
+        assert json.loads(Path("out", LOCK).read_text())["pid"] == os.getpid()
 
 
 def test_the_dead_are_not_named_as_the_holder(start, monkeypatch):

@@ -6,13 +6,17 @@ To Orbax a bit that has flipped in an array's file is as good as any.
 import hashlib
 import itertools
 import json
+import logging
 import math
 import os
 import shutil
+import sys
+import traceback
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -111,15 +115,12 @@ def check_digests(path: Path, tree: Any, saved: Any) -> None:
 
 def check_stored(path: Path, like: Any) -> None:
     """Raise DamageError where the arrays stored at ``path`` are not of the shapes of ``like``."""
-    try:
-        metadata = ocp.PyTreeCheckpointHandler().metadata(path)  # pyright: ignore
+    with reading(path):
         stored, wanted = (
             sorted((x.shape, str(x.dtype)) for x in jax.tree.leaves(tree))
-            for tree in (metadata, like)
+            for tree in (stored_shapes(path), like)
         )
         held = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-    except Exception as error:
-        refuse(path, error)
     for there, ours in itertools.zip_longest(stored, wanted):
         if there != ours:
             raise DamageError(f"{path} holds other arrays than its JSON says: {there}, not {ours}")
@@ -133,22 +134,42 @@ def check_sizes(path: Path, config: Any) -> None:
 
     For before the network is even traced: the JSON may claim any number of layers.
     """
-    try:
-        stored = ocp.PyTreeCheckpointHandler().metadata(path)  # pyright: ignore
+    with reading(path):
+        stored = stored_shapes(path)
         wte, ln_1 = stored["wte"]["weight"].shape, stored["h"]["ln_1"]["weight"].shape
         wpe = stored["wpe"]["weight"].shape
         sizes = {"vocab_size": wte[0], "n_embd": wte[1], "block_size": wpe[0], "n_layer": ln_1[0]}
-    except Exception as error:
-        refuse(path, error)
     for name, size in sizes.items():
         if size != getattr(config, name):
             claim = f"{name}={getattr(config, name)}"
             raise DamageError(f"{path} is damaged: it has {name}={size}, and its JSON says {claim}")
 
 
-def refuse(path: Path, error: Exception) -> NoReturn:
-    """Raise DamageError for what Orbax could not read; what is no fault of the files goes on."""
-    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED: Out of memory" in str(error):
-        raise error
-    reason = f"{type(error).__name__}: {error}".splitlines()[0]
-    raise DamageError(f"{path} is damaged ({reason:.200})") from error
+def stored_shapes(path: Path) -> Any:
+    """Return what Orbax's own files say of the arrays at ``path``; none is read."""
+    return ocp.PyTreeCheckpointHandler().metadata(path)  # pyright: ignore
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turn what Orbax cannot read into DamageError; what is no fault of the files goes on."""
+    # where one file fails, the threads that still read others each print a stack trace, some of
+    # them later: after a failure the hook stays
+    before = sys.unraisablehook
+
+    def hook(problem: Any) -> None:
+        files = [frame.filename for frame in traceback.extract_tb(problem.exc_traceback)]
+        if not any("asyncio" in file or "orbax" in file for file in files):
+            before(problem)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    except Exception as error:  # Orbax passes on what its libraries and the disk raise
+        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED: Out of memory" in str(error):
+            raise
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+        warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise DamageError(f"{path} is damaged ({reason:.200})") from None
+    sys.unraisablehook = before

@@ -20,6 +20,7 @@ SIZES = {
     "gpt2-large": (36, 20, 1280),
     "gpt2-xl": (48, 25, 1600),
 }
+LONGEST_NAME = 100  # characters of an array's name
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 
 
@@ -33,12 +34,16 @@ def config_of(name: str, dtype: str) -> GPTConfig:
 
 
 def from_hugging_face(arrays: dict[str, np.ndarray], config: GPTConfig) -> dict[str, Any]:
-    """Return parameters from GPT2LMHeadModel's (or GPT2Model's) names and arrays."""
+    """Return parameters from GPT2LMHeadModel's (or GPT2Model's) names and float32 arrays."""
     named = {}
     for name, x in arrays.items():
+        if not name.isprintable() or len(name) > LONGEST_NAME:  # it would be quoted
+            raise UserError(f"there is no parameter {name!r:.60}: this is not GPT-2")
         name = name if name.startswith((PREFIX, "lm_head")) else PREFIX + name
         if name.endswith((".attn.bias", ".attn.masked_bias")):
             continue  # the causal mask, not a parameter
+        if x.dtype != np.float32:
+            raise UserError(f"{name!r} holds {x.dtype}, not float32: this is not OpenAI's file")
         named[name] = x.T if name.endswith(TRANSPOSED) else x
     return from_state_dict(named, config)
 
@@ -60,5 +65,5 @@ def load(name: str, dtype: str) -> tuple[GPT, dict[str, Any], Tokenizer]:
         arrays = load_file(hf_hub_download(f"openai-community/{name}", "model.safetensors"))
     except Exception as error:  # whatever the network, the hub or the file has to say
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"init_from={name}: the weights cannot be had: {reason}") from None
+        raise UserError(f"init_from={name}: the weights cannot be had: {reason:.300}") from None
     return GPT(config), from_hugging_face(arrays, config), tiktoken_tokenizer("gpt2")

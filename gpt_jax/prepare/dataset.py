@@ -10,17 +10,25 @@ from gpt_jax.prepare.meta_pickle import symbols_of
 from gpt_jax.tokenizer import Tokenizer, char_tokenizer, from_json, tiktoken_tokenizer
 
 GPT2_VOCAB_SIZE = 50304  # 50257 ids, rounded up to a multiple of 64 for speed
+MOST_PADDING = 2**16  # rows of the embedding that no id has: more would only fill the memory
+LONGEST_META = 2**26  # bytes of a meta.json
 
 
 def for_dataset(folder: Path) -> tuple[Tokenizer, int, np.dtype]:
     """Return tokenizer, vocab_size and token dtype by meta.json, else nanoGPT's meta.pkl or BPE."""
+    for name in ("meta.json", "meta.pkl"):
+        if (path := folder / name).exists() and not path.is_file():  # a pipe would be waited for
+            raise UserError(f"{path} is no regular file: remove it and prepare the data set again")
     if (path := folder / "meta.json").exists():
         try:
+            if (size := path.stat().st_size) > LONGEST_META:
+                raise ValueError(f"{size} bytes are more than {LONGEST_META}")
             meta = json.loads(path.read_bytes())
             tokenizer, vocab_size = from_json(meta["tokenizer"]), meta["vocab_size"]
             dtype = np.dtype({"uint16": "<u2", "uint32": "<u4"}[meta["dtype"]])
-            if not isinstance(vocab_size, int) or vocab_size < tokenizer.n_tokens:
-                raise ValueError(f"vocab_size={vocab_size!r} of {tokenizer.n_tokens}")
+            n_tokens = tokenizer.n_tokens
+            if type(vocab_size) is not int or not 0 <= vocab_size - n_tokens <= MOST_PADDING:
+                raise ValueError(f"vocab_size={vocab_size!r} of {n_tokens}")
             return tokenizer, vocab_size, dtype
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"{path} cannot be used ({error!r:.500}): prepare it again") from error
