@@ -20,8 +20,8 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from gpt_jax import integrity
 from gpt_jax.errors import DamageError, RunError, UserError
-from gpt_jax.integrity import amend, check_digests, check_stored, digests, reading, sealed, written
 from gpt_jax.train_step import TrainState
 
 NEEDED = ("iter", "val_loss", "config", "model", "tokenizer", "digests", "sha256")  # of the JSON
@@ -41,7 +41,8 @@ class Checkpoints:
             preservation_policy=self, cleanup_tmp_directories=True
         )
         handlers = {"params": arrays(), "optimizer": arrays(), "meta": ocp.JsonCheckpointHandler()}
-        with written(self.path):
+        integrity.quiet()
+        with integrity.written(self.path):
             self.manager = ocp.CheckpointManager(self.path, options=options, item_handlers=handlers)
 
     def save(self, state: TrainState, meta: dict[str, Any]) -> None:
@@ -51,7 +52,7 @@ class Checkpoints:
         that holds nan or inf is not saved.
         """
         trees = {"params": state.params, "optimizer": without_params(state)}
-        found = {item: digests(tree) for item, tree in trees.items()}
+        found = {item: integrity.digests(tree) for item, tree in trees.items()}
         broken = [f"{item}/{name}" for item in found for name, x in found[item].items() if not x]
         if broken:
             raise RunError(
@@ -60,15 +61,15 @@ class Checkpoints:
             )
         self.losses[meta["iter"]] = meta["val_loss"]
         items: Any = {item: ocp.args.PyTreeSave(tree) for item, tree in trees.items()}
-        items["meta"] = ocp.args.JsonSave(sealed({**meta, "digests": found}))
-        with written(self.path):
+        items["meta"] = ocp.args.JsonSave(integrity.sealed({**meta, "digests": found}))
+        with integrity.written(self.path):
             self.manager.save(meta["iter"], args=ocp.args.Composite(**items))
 
     def note(self, step: int, losses: dict[str, Any]) -> None:
         """Add to the JSON of a step what an evaluation has found since it was saved."""
         self.losses[step] = losses["val_loss"]
         if jax.process_index() == 0:
-            amend(self.path / str(step) / "meta" / "metadata", losses)
+            integrity.amend(self.path / str(step) / "meta" / "metadata", losses)
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
         """Answer Orbax which checkpoints, the oldest first, to keep."""
@@ -78,13 +79,14 @@ class Checkpoints:
         return [n in kept or (every > 0 and n % every == 0) for n in have]
 
     def check(self) -> None:
-        """Raise what a save under way has met with."""
-        with written(self.path):
-            self.manager.check_for_errors()
+        """Raise what the last save has met with, if it has ended."""
+        with integrity.written(self.path):
+            if not self.manager.is_saving_in_progress():
+                self.manager.wait_until_finished()  # check_for_errors misses some
 
     def close(self) -> None:
         """Wait until the last save is whole."""
-        with written(self.path):
+        with integrity.written(self.path):
             self.manager.close()
 
 
@@ -116,10 +118,10 @@ def restore_tree(path: Path, item: str, like: Any, meta: dict[str, Any]) -> Any:
     Raises DamageError: before anything is allocated where other shapes or dtypes are stored, or
     more than the files can hold, and where an array is not the one whose digest ``meta`` has.
     """
-    check_stored(path / item, like)
-    with reading(path / item), ocp.StandardCheckpointer() as checkpointer:
+    integrity.check_stored(path / item, like)
+    with integrity.reading(path / item), ocp.StandardCheckpointer() as checkpointer:
         tree = checkpointer.restore(path / item, like)
-    check_digests(path / item, tree, meta["digests"])
+    integrity.check_digests(path / item, tree, meta["digests"])
     return tree
 
 
@@ -151,7 +153,7 @@ def read_meta(out_dir: str, step: int) -> dict[str, Any]:
         meta = json.loads(path.read_text("utf-8"))
         if not isinstance(meta, dict) or not {*NEEDED} <= meta.keys():
             raise ValueError(f"not a JSON object with {', '.join(NEEDED)}")
-        if meta["sha256"] != sealed(meta)["sha256"] or meta["iter"] != step:
+        if meta["sha256"] != integrity.sealed(meta)["sha256"] or meta["iter"] != step:
             raise ValueError("it is not what was written: its sha256 or iter differs")
         return meta
     except (OSError, ValueError, TypeError, RecursionError) as error:

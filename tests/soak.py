@@ -243,12 +243,13 @@ class Soak:
         if damage:
             said.append(self.damage(damage, path))
         before = self.steps()
+        whole = [step for step in before if step != self.pending]
         full_from_start = end == "disk" and moment.what == "start"
         if full_from_start:
             self.fill()
         process = self.start(f"round-{self.number}", self.out)
         if second:
-            self.await_moment(process, Moment("output", moment.after))
+            self.await_moment(process, Moment("output", self.random.uniform(0, self.patience)))
             said.append(self.second(process))
         if not full_from_start:
             self.await_moment(process, moment)
@@ -258,7 +259,7 @@ class Soak:
         said.append(f"exit {process.code}, resumed from {resumed},")
         self.count(end)
         self.check_process(process, before)
-        said.append(f"steps {self.check_steps(before)}")
+        said.append(f"steps {self.check_steps(whole)}")
         return " ".join(said)
 
     def await_moment(self, process: Process, moment: Moment) -> None:
@@ -290,9 +291,10 @@ class Soak:
             time.sleep(moment.after)
 
     def end_by_kill(self, process: Process) -> None:
+        ending = self.near_its_end(process)
         process.send(signal.SIGKILL)
         code = process.wait()
-        promise(code == -9 or has_finished(process), f"exit code {code} of a SIGKILL")
+        promise(code == -9 or (code == 0 and ending), f"exit code {code} of a SIGKILL")
 
     def end_by_term(self, process: Process) -> None:
         self.politely(process, signal.SIGTERM)
@@ -301,29 +303,38 @@ class Soak:
         self.politely(process, signal.SIGINT)
 
     def politely(self, process: Process, number: int) -> None:
+        ending = self.near_its_end(process)
         process.send(number)
         code = process.wait()
         promise(code == 0, f"exit code {code} of a polite stop: {process.err[-2000:]}")
         found = re.search(r"^stopped at iteration (\d+) and saved: ", process.out, re.M)
         nothing = "stopped before the first"
         said = process.out + process.err
-        promise(found or nothing in said or has_finished(process), "it did not say that it stops")
+        ended = ending and has_finished(process)
+        promise(found or nothing in said or ended, f"it did not say that it stops: {said[-2000:]}")
         if found:
             newest = max(self.steps(), default=None)
             promise(newest == int(found[1]), f"it has saved {found[1]}, and has {newest}")
-            self.reached = process.reached = int(found[1]) - 1
+            process.reached = int(found[1]) - 1  # of the last it tells only at its next start
             self.count("stopped and saved")
 
     def end_by_twice(self, process: Process) -> None:
         """Send two signals: the same one twice within a moment would be one, sent twice."""
+        ending = self.near_its_end(process)
         first, second = self.random.sample([signal.SIGTERM, signal.SIGINT], 2)
         process.send(first)
         time.sleep(self.random.choice([0, self.random.uniform(0, 0.03)]))
         process.send(second)
         code = process.wait()
         said = process.out + process.err
-        ended = "stopped before the first" in said or "stopped at" in said or has_finished(process)
+        ended = "stopped before the first" in said or "stopped at" in said
+        ended = ended or (ending and has_finished(process))
         promise(code == 130 or (code == 0 and ended), f"exit code {code} of a second signal")
+
+    def near_its_end(self, process: Process) -> bool:
+        """Return whether it may have ended before what is done to it now arrives."""
+        process.look()
+        return max(process.reached, *self.steps(), 0) >= self.max_iters - 3 * self.interval
 
     def end_by_disk(self, process: Process) -> None:
         while not process.look():
@@ -407,18 +418,16 @@ class Soak:
     def check_process(self, process: Process, before: list[int]) -> None:
         """Check what a process said and where it went on; count what it had to do again."""
         self.check_output(process)
-        resumed, name = process.resumed, process.name
-        if resumed is None:
-            if before:
-                promise(process.reached < 0, f"{name} has begun anew beside {before}")
-            elif process.reached >= 0:
-                self.reached = process.reached
+        resumed, name = process.resumed or 0, process.name
+        if process.resumed is None and (before or process.reached < 0):
+            promise(process.reached < 0, f"{name} has begun anew beside {before}")
             return
         whole = [step for step in before if step != self.pending]
-        allowed = {*whole[-1:]} | ({self.pending} & {*before})
+        allowed = {max(whole, default=0)} | ({self.pending} & {*before})
         promise(resumed in allowed, f"{name} resumed from {resumed}, not {allowed}: {process.err}")
-        # the save of the last multiple had begun, and for that the one before had to be whole
-        begun = (self.reached + 1) // self.interval * self.interval
+        # before the iteration that was told the save of a multiple had begun, and before that the
+        # one of the multiple before was whole
+        begun = self.reached // self.interval * self.interval
         damaged = self.pending is not None and resumed < self.pending
         lowest = begun - self.interval * (2 if damaged else 1)
         promise(resumed >= lowest, f"{name} resumed from {resumed}, below {lowest}")
@@ -432,15 +441,13 @@ class Soak:
         self.pending = None
         self.reached = max(resumed - 1, process.reached)
 
-    def check_steps(self, before: list[int]) -> list[int]:
-        """Check that what was saved is still there and reads; return the steps."""
+    def check_steps(self, whole: list[int]) -> list[int]:
+        """Check that of what was ``whole`` the newest, or newer, is there and reads; return all."""
         from gpt_jax.checkpoint import read_meta
 
         have = self.steps()
-        old = [step for step in before if step != self.pending] or [0]
-        newest = max((step for step in have if step != self.pending), default=0)
-        back = old[-1] - newest
-        promise(back <= self.interval, f"the newest checkpoint was {old[-1]}, now it is {newest}")
+        was, newest = (max({*steps} - {self.pending}, default=0) for steps in (whole, have))
+        promise(newest >= was, f"the newest whole checkpoint was {was}, now it is {newest}")
         for step in have:
             if step != self.pending:
                 try:
@@ -619,6 +626,8 @@ def main() -> int:
         parser.error(f"--only={given.only}: {unknown[0]!r} is not one of {', '.join(ACTS)}")
     folder = Path(tempfile.mkdtemp(prefix="soak-"))
     print(f"seed {given.seed}, {given.rounds} rounds of {', '.join(acts)}, in {folder}", flush=True)
+    # a shell lets its jobs in the background ignore SIGINT, and so would the runs
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     keep = True
     try:
         soak(folder, given.seed, given.rounds, acts)

@@ -8,14 +8,16 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from soak import Broken, Moment, Soak, compare, leftovers
+from soak import Broken, Moment, Soak, compare, environment_of, leftovers
 
 LAST = 60
 
 
 @pytest.fixture
 def soak(tmp_path):
-    soak = Soak(tmp_path, seed=1, max_iters=LAST, save_interval=5)
+    environment = environment_of(tmp_path)
+    environment["XLA_FLAGS"] += " --xla_backend_optimization_level=0"  # half the time to compile
+    soak = Soak(tmp_path, seed=1, max_iters=LAST, save_interval=5, environment=environment)
     with soak.processes:
         yield soak
 
@@ -59,7 +61,7 @@ def test_a_run_killed_stopped_and_damaged_ends_as_one_that_was_not_and_the_soak_
 
     for spoil, told in (
         (change_a_number, "params is not the same at step 60: .*ln_f"),
-        (tell_twice, "metrics.jsonl has 7. lines"),
+        (tell_twice, "has 65 lines, not 64"),
         (tell_another_loss, "metrics.jsonl says"),
     ):
         other = soak.folder / spoil.__name__
@@ -86,7 +88,7 @@ class Ended:
     ("said", "before", "told"),
     [
         ({"reached": 3}, [10, 20], "it has begun anew beside"),
-        ({"resumed": 10}, [10, 20], "it resumed from 10, not {20}"),
+        ({"resumed": 10}, [10, 20], r"it resumed from 10, not \{20\}"),
         ({"resumed": 20}, [10, 20], "it resumed from 20, below 40"),
         ({"err": "Traceback (most recent call last):"}, [], "it: a traceback"),
     ],
@@ -103,5 +105,5 @@ def test_the_soak_notices_checkpoints_that_are_lost_or_do_not_read(tmp_path):
     (soak.out / "checkpoints" / "20").mkdir(parents=True)
     with pytest.raises(Broken, match=r"step 20: .*metadata cannot be read"):
         soak.check_steps([10, 20])
-    with pytest.raises(Broken, match="the newest checkpoint was 40, now it is 20"):
+    with pytest.raises(Broken, match="the newest whole checkpoint was 40, now it is 20"):
         soak.check_steps([30, 40])

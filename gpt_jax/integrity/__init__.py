@@ -13,7 +13,7 @@ import shutil
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,19 +29,60 @@ from gpt_jax.errors import DamageError, RunError
 HIGHEST_RATIO = 1000  # bytes of arrays to a byte on the disk
 
 
+def quiet() -> None:
+    """Have Orbax's threads print no stack traces of errors that are raised, and said in a line.
+
+    Where one file fails, each of the threads at work on the others prints its own, some later.
+    """
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(is_news)  # which knows one that is there already
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+    if not isinstance(sys.unraisablehook, Unraisable):
+        sys.unraisablehook = Unraisable(sys.unraisablehook)
+
+
+def is_news(record: logging.LogRecord) -> bool:
+    """Return whether a log record tells of anything but an error on its way through Orbax."""
+    return not (record.exc_info and from_orbax(record.exc_info[1]))
+
+
+class Unraisable:
+    """A hook for errors that nobody can catch, deaf to Orbax's."""
+
+    def __init__(self, before: Callable[[Any], Any]):
+        self.before = before
+
+    def __call__(self, problem: Any) -> None:
+        if not from_orbax(problem.exc_value):
+            self.before(problem)
+
+
+def from_orbax(error: BaseException | None) -> bool:
+    """Return whether an error has passed through Orbax or the event loops that it runs."""
+    frames = traceback.extract_tb(error.__traceback__) if error else []
+    return any("orbax" in frame.filename or "asyncio" in frame.filename for frame in frames)
+
+
+def in_a_line(error: Exception) -> str:
+    """Return an exception's text, without its middle if it is long: what is wrong comes last."""
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    return text if len(text) <= 300 else f"{text[:100]} ... {text[-180:]}"
+
+
 @contextmanager
 def written(path: str | Path) -> Iterator[None]:
     """Turn whatever fails when writing below ``path`` into a RunError with the space left there."""
     try:
         yield
     except Exception as error:  # Orbax passes on what its own libraries and threads raise
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
         there = next(
             p for p in (Path(path).absolute(), *Path(path).absolute().parents) if p.exists()
         )
         free = f"{shutil.disk_usage(there).free:,} bytes are free there"
         advice = "what was saved before is whole: mend it and go on with --init_from=resume"
-        raise RunError(f"{path} cannot be written ({reason:.300}; {free}): {advice}") from error
+        raise RunError(
+            f"{path} cannot be written ({in_a_line(error)}; {free}): {advice}"
+        ) from error
 
 
 def replace_file(path: Path, text: str) -> None:
@@ -153,23 +194,10 @@ def stored_shapes(path: Path) -> Any:
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
     """Turn what Orbax cannot read into DamageError; what is no fault of the files goes on."""
-    # where one file fails, the threads that still read others each print a stack trace, some of
-    # them later: after a failure the hook stays
-    before = sys.unraisablehook
-
-    def hook(problem: Any) -> None:
-        files = [frame.filename for frame in traceback.extract_tb(problem.exc_traceback)]
-        if not any("asyncio" in file or "orbax" in file for file in files):
-            before(problem)
-
-    sys.unraisablehook = hook
+    quiet()
     try:
         yield
     except Exception as error:  # Orbax passes on what its libraries and the disk raise
         if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED: Out of memory" in str(error):
             raise
-        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-        warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise DamageError(f"{path} is damaged ({reason:.200})") from None
-    sys.unraisablehook = before
+        raise DamageError(f"{path} is damaged ({in_a_line(error)})") from None
