@@ -147,14 +147,17 @@ def train(config: TrainConfig, stop: Stop) -> None:
         end = max(config.max_iters, meta["iter"])  # a finished run is evaluated once more
         for iteration in range(meta["iter"], end + 1):
             last, stopped = iteration == end, stop.at(iteration)
-            if not stopped and (last or iteration % config.eval_interval == 0):
-                tell(pending)
+            evaluates = not stopped and (last or iteration % config.eval_interval == 0)
+            saves = stopped or (config.save_interval and iteration % config.save_interval == 0)
+            if evaluates or saves:
+                tell(pending)  # first: what is saved has been told of
                 pending = None
-                try:
+            try:
+                if evaluates:
                     val = evaluation(iteration, last)
-                except Stopped:
-                    stopped = True
-            elif config.save_interval and iteration % config.save_interval == 0:
+            except Stopped:
+                stopped = saves = True
+            if saves:
                 save(iteration)
             if last or stopped:
                 break
@@ -162,15 +165,13 @@ def train(config: TrainConfig, stop: Stop) -> None:
                 batch = next(stream)
             except UserError:  # a file that is not what it was
                 if jax.process_count() == 1:  # the others know nothing of it
+                    tell(pending)
                     save(iteration)
                 raise
             state, metrics = train_step(state, *batch)
             stop.wait_for_save()
             tell(pending)
             pending = (iteration, metrics, learning_rate(config, iteration))
-        if stopped:
-            tell(pending)
-            save(iteration)
 
     # ---- 7. The end -----------------------------------------------------------------------------
     if stopped and not at:

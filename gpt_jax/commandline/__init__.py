@@ -17,6 +17,7 @@ from gpt_jax.errors import UserError
 from gpt_jax.integrity import replace_file, written
 
 LONGEST_PROMPT = 10**7  # characters: a device in place of a file has no end
+LONGEST_CONFIG = 10**6  # bytes
 BOOLS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 READERS = {int: float, float: float, bool: lambda text: BOOLS[text.lower()], str: str}
 
@@ -27,6 +28,8 @@ def saved_run(out_dir: str) -> dict[str, Any]:
     if not os.path.isfile(path):
         return {}
     try:
+        if os.path.getsize(path) > LONGEST_CONFIG:
+            raise ValueError(f"it has more than {LONGEST_CONFIG:,} bytes")
         saved = dict(json.loads(Path(path).read_text("utf-8")))
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{path!r} is not a saved run ({error}): use another --out_dir") from None
@@ -123,9 +126,11 @@ def read_prompt(start: str) -> str:
         with open(start[5:], encoding="utf-8") as file:
             prompt = file.read(LONGEST_PROMPT + 1)
     except (OSError, ValueError) as error:
-        raise UserError(f"start={start}: cannot be read as text ({error})") from None
+        raise UserError(f"start={start!r:.100}: cannot be read as text ({error})") from None
     if len(prompt) > LONGEST_PROMPT:
-        raise UserError(f"start={start}: it is longer than {LONGEST_PROMPT:,} characters: cut it")
+        raise UserError(
+            f"start={start!r:.99} is longer than {LONGEST_PROMPT:,} characters: cut it"
+        )
     return prompt
 
 

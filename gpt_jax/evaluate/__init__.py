@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gpt_jax.commandline import notes
-from gpt_jax.config import LoadConfig, key, parse
+from gpt_jax.config import LoadConfig, TrainConfig, key, parse
 from gpt_jax.data import evaluation_starts
 from gpt_jax.errors import exit_code
 from gpt_jax.evaluation import evaluate, make_eval_step
@@ -43,7 +43,8 @@ def measure(config: EvalConfig) -> None:
     dataset = config.dataset
     if config.init_from == "resume":
         model, params, tokenizer, meta = load_run(config.out_dir, config.step, config.dtype, mesh)
-        dataset = dataset or meta["config"]["dataset"]
+        # the name is checked as one of a training run: the JSON may be someone else's
+        dataset = dataset or TrainConfig(dataset=meta["config"].get("dataset")).dataset
         print(f"{config.out_dir}, iteration {meta['iter']}, on {dataset}", file=sys.stderr)
     else:
         model, params, tokenizer = load(

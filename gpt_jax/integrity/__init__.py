@@ -14,7 +14,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,10 @@ from jax import Array
 
 from gpt_jax.errors import DamageError, RunError
 
+KINDS = {  # of what a checkpoint's JSON must hold
+    "iter": int, "val_loss": float | None, "best_val_loss": float | None, "wandb_id": str | None,
+    "config": dict, "model": dict, "tokenizer": dict, "digests": dict, "sha256": str,
+}  # fmt: skip
 HIGHEST_RATIO = 1000  # bytes of arrays to a byte on the disk
 
 
@@ -69,20 +73,23 @@ def in_a_line(error: Exception) -> str:
     return text if len(text) <= 300 else f"{text[:100]} ... {text[-180:]}"
 
 
+def free_bytes(path: str | Path) -> str:
+    """Return what to say of the space left where ``path`` lies or would lie."""
+    for there in (Path(path).absolute(), *Path(path).absolute().parents):
+        with suppress(OSError):
+            return f"; {shutil.disk_usage(there).free:,} bytes are free there"
+    return ""
+
+
 @contextmanager
 def written(path: str | Path) -> Iterator[None]:
     """Turn whatever fails when writing below ``path`` into a RunError with the space left there."""
     try:
         yield
     except Exception as error:  # Orbax passes on what its own libraries and threads raise
-        there = next(
-            p for p in (Path(path).absolute(), *Path(path).absolute().parents) if p.exists()
-        )
-        free = f"{shutil.disk_usage(there).free:,} bytes are free there"
+        why = f"{path} cannot be written ({in_a_line(error)}{free_bytes(path)})"
         advice = "what was saved before is whole: mend it and go on with --init_from=resume"
-        raise RunError(
-            f"{path} cannot be written ({in_a_line(error)}; {free}): {advice}"
-        ) from error
+        raise RunError(f"{why}: {advice}") from error
 
 
 def replace_file(path: Path, text: str) -> None:
@@ -133,6 +140,23 @@ def sealed(meta: dict[str, Any]) -> dict[str, Any]:
     return {**json.loads(text), "sha256": hashlib.sha256(text.encode()).hexdigest()}
 
 
+def read_sealed(path: Path, step: int) -> dict[str, Any]:
+    """Return the JSON of a checkpoint; DamageError if it is not what was written, or no file is."""
+    odd = [file for file in path.parents[1].rglob("*") if not (file.is_file() or file.is_dir())]
+    if odd:  # to read a pipe or a device may take for ever
+        raise DamageError(f"{path.parents[1]} cannot be read: {odd[0]} is no file")
+    try:
+        meta = json.loads(path.read_text("utf-8"))
+        wrong = [n for n, kind in KINDS.items() if not isinstance(meta.get(n, ...), kind)]
+        if wrong or str(meta["iter"]) != str(step):
+            raise ValueError(f"{wrong[0] if wrong else 'iter'} is not what it must be")
+        if meta["sha256"] != sealed(meta)["sha256"]:
+            raise ValueError("it is not what was written: its sha256 differs")
+        return meta
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise DamageError(f"{path} cannot be read ({error!s:.200}): take another") from None
+
+
 def amend(path: Path, changes: dict[str, Any]) -> None:
     """Change values of a JSON that is sealed, and seal it anew."""
     with written(path):
@@ -151,7 +175,7 @@ def check_digests(path: Path, tree: Any, saved: Any) -> None:
     found = digests(tree)
     wrong = [name for name in {**found, **expected} if found.get(name) != expected.get(name)]
     if wrong:
-        raise DamageError(f"{path} is damaged: {wrong[0]} is not what was saved")
+        raise DamageError(f"{path} is damaged: {wrong[0]!r:.80} is not what was saved")
 
 
 def check_stored(path: Path, like: Any) -> None:

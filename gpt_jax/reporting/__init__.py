@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,8 @@ class Report:
 
     def close(self) -> None:
         """End the progress line and the files."""
-        self.file.close()
+        with suppress(OSError):  # of a line that could not be written, and has been told of
+            self.file.close()
         if self.live:
             print("\r\033[K", end="", flush=True)
         if self.wandb:
@@ -161,15 +163,24 @@ def keep_before(path: Path, iteration: int) -> None:
 def entries(path: Path) -> list[tuple[str, dict[str, Any]]]:
     """Return the lines of a metrics.jsonl that are whole, each with the object it holds."""
     result = []
-    lines = path.read_text("utf-8").splitlines() if path.exists() else []
+    lines = path.read_text("utf-8", "replace").splitlines() if path.is_file() else []
     for line in lines:
         try:
             entry = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
-        if isinstance(entry, dict) and isinstance(entry.get("iter"), int):
+        if isinstance(entry, dict) and is_entry(entry):
             result.append((line, entry))
     return result
+
+
+def is_entry(entry: dict[str, Any]) -> bool:
+    """Return whether an object is one that Report writes, of a step or of an evaluation."""
+    names = [{"loss"}, {"train_loss", "val_loss"}]
+    losses = next((entry.keys() & kind for kind in names if kind <= entry.keys()), set())
+    numbers = all(isinstance(entry[name], float) for name in losses)
+    iteration = entry.get("iter")
+    return bool(losses) and numbers and type(iteration) is int and 0 <= iteration < 2**31
 
 
 def start_wandb(config: TrainConfig, run_id: str | None) -> Any:

@@ -18,6 +18,7 @@ except ImportError:  # Windows: nothing is locked there
 
 from gpt_jax.config import TrainConfig
 from gpt_jax.errors import UserError
+from gpt_jax.integrity import free_bytes
 from gpt_jax.runtime.processes import all_see, gather, is_first
 from gpt_jax.runtime.signals import Stop
 
@@ -77,7 +78,7 @@ def make_writable(out: Path) -> None:
         with tempfile.TemporaryFile(dir=out):
             pass
     except OSError as error:
-        raise UserError(f"out_dir={out} cannot be written: {error}") from None
+        raise UserError(f"out_dir={out} cannot be written: {error}{free_bytes(out)}") from None
 
 
 @contextmanager
@@ -116,10 +117,11 @@ def lock(path: Path, held: ExitStack) -> None:
                     continue
                 raise UserError(in_use(path.parent, holder)) from None
             if is_at(file, path):
-                os.ftruncate(file, 0)
-                me = [os.getpid(), socket.gethostname(), time.strftime("%Y-%m-%d %H:%M:%S")]
-                os.write(file, f"{json.dumps(dict(zip(NAMES, me, strict=True)))}\n".encode())
                 opened.callback(remove, file, path)  # while it is held: then it can be another's
+                me = [os.getpid(), socket.gethostname(), time.strftime("%Y-%m-%d %H:%M:%S")]
+                with suppress(OSError):  # a full disk: it is held, without a name
+                    os.ftruncate(file, 0)
+                    os.write(file, f"{json.dumps(dict(zip(NAMES, me, strict=True)))}\n".encode())
                 held.push(opened.pop_all())
                 return
             # else its holder has removed it since it was opened here: locked, it would bar no one

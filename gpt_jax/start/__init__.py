@@ -87,8 +87,9 @@ def resume(
         else:
             if is_first() and not config.eval_only:
                 move_damaged(config.out_dir, step)
-            if dtype != meta["model"]["dtype"]:
-                print(f"so far in {meta['model']['dtype']} products, from here in {dtype}")
+            before = str(meta["model"].get("dtype"))
+            if dtype != before:
+                print(f"so far in {before:.20} products, from here in {dtype}")
             return model, state, meta
 
 
@@ -161,7 +162,7 @@ def refuse_another_run(config: TrainConfig, saved: dict[str, Any]) -> None:
         if getattr(config, name) != saved.get(name):
             raise UserError(
                 f"{name}={getattr(config, name)!r}, but the run in {config.out_dir} has {name}="
-                f"{saved.get(name)!r}: give it that, or another --out_dir to start anew"
+                f"{saved.get(name)!r:.60}: give it that, or another --out_dir to start anew"
             )
 
 
@@ -169,6 +170,6 @@ def refuse_another_tokenizer(source: str, its: dict[str, Any], tokenizer: Tokeni
     """Raise UserError where a model's ids do not mean what the data set's ids mean."""
     if its != tokenizer.to_json():
         raise UserError(
-            f"{source} was trained with a {its['kind']} tokenizer unlike this data set's "
+            f"{source} was trained with a {its.get('kind')!s:.20} tokenizer unlike this data set's "
             f"({tokenizer.spec['kind']}, {tokenizer.n_tokens} ids): take a --dataset made for it"
         )
