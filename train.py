@@ -145,33 +145,32 @@ def train(config: TrainConfig, stop: Stop) -> None:
             splits["train"], (A, B), config.seed, meta["iter"], batch_sharding(mesh, 3)
         )
         end = max(config.max_iters, meta["iter"])  # a finished run is evaluated once more
-        for iteration in range(meta["iter"], end + 1):
-            last, stopped = iteration == end, stop.at(iteration)
-            evaluates = not stopped and (last or iteration % config.eval_interval == 0)
-            saves = stopped or (config.save_interval and iteration % config.save_interval == 0)
-            if evaluates or saves:
-                tell(pending)  # first: what is saved has been told of
-                pending = None
-            try:
-                if evaluates:
-                    val = evaluation(iteration, last)
-            except Stopped:
-                stopped = saves = True
-            if saves:
-                save(iteration)
-            if last or stopped:
-                break
-            try:
-                batch = next(stream)
-            except UserError:  # a file that is not what it was
-                if jax.process_count() == 1:  # the others know nothing of it
-                    tell(pending)
+        try:
+            for iteration in range(meta["iter"], end + 1):
+                last, stopped = iteration == end, stop.at(iteration)
+                evaluates = not stopped and (last or iteration % config.eval_interval == 0)
+                saves = stopped or (config.save_interval and iteration % config.save_interval == 0)
+                if evaluates or saves:
+                    tell(pending)  # first: what is saved has been told of
+                    pending = None
+                try:
+                    if evaluates:
+                        val = evaluation(iteration, last)
+                except Stopped:
+                    stopped = saves = True
+                if saves:
                     save(iteration)
-                raise
-            state, metrics = train_step(state, *batch)
-            stop.wait_for_save()
-            tell(pending)
-            pending = (iteration, metrics, learning_rate(config, iteration))
+                if last or stopped:
+                    break
+                state, metrics = train_step(state, *next(stream))
+                stop.wait_for_save()
+                tell(pending)
+                pending = (iteration, metrics, learning_rate(config, iteration))
+        except UserError:  # a file that is not what it was
+            if jax.process_count() == 1:  # the others know nothing of it
+                tell(pending)
+                save(iteration)
+            raise
 
     # ---- 7. The end -----------------------------------------------------------------------------
     if stopped and not at:

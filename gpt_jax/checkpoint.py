@@ -12,11 +12,13 @@ back is held against its digest, and the JSON against its own.
 
 import math
 from collections.abc import Sequence
-from contextlib import suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from gpt_jax import integrity
@@ -41,6 +43,8 @@ class Checkpoints:
         integrity.quiet()
         with integrity.written(self.path):
             self.manager = ocp.CheckpointManager(self.path, options=options, item_handlers=handlers)
+        self.thread = ThreadPoolExecutor(1, "checkpoints")
+        self.saving = self.thread.submit(lambda: None)
 
     def save(self, state: TrainState, meta: dict[str, Any]) -> None:
         """Start saving ``state`` as the step ``meta["iter"]``; training may go on at once.
@@ -48,19 +52,40 @@ class Checkpoints:
         The best is the one of the lowest ``meta["val_loss"]``, where that is a number. A state
         that holds nan or inf is not saved.
         """
+        self.check(wait=True)
+        self.losses[meta["iter"]] = meta["val_loss"]
         trees = {"params": state.params, "optimizer": without_params(state)}
-        found = {item: integrity.digests(tree) for item, tree in trees.items()}
+        if integrity.room_for_a_copy(trees):
+            # of a copy the device can go on to the next update while the host still fetches it
+            trees = jax.tree.map(jnp.copy, trees)
+            pending = {item: integrity.digests(tree) for item, tree in trees.items()}
+            self.saving = self.thread.submit(self.write, trees, pending, meta, wait=True)
+        else:
+            self.write(trees, {i: integrity.digests(tree) for i, tree in trees.items()}, meta)
+            self.saving = self.thread.submit(self.manager.wait_until_finished)
+
+    def write(self, trees: Any, digests: Any, meta: dict[str, Any], wait: bool = False) -> None:
+        """Save trees whose digests are under way; ``wait`` until all is written."""
+        found = {item: digest() for item, digest in digests.items()}
         broken = [f"{item}/{name}" for item in found for name, x in found[item].items() if not x]
         if broken:
             raise RunError(
                 f"iteration {meta['iter']} is not saved, {broken[0]} holds nan or inf: go on from "
                 "the checkpoint before by --init_from=resume, with a lower --learning_rate"
             )
-        self.losses[meta["iter"]] = meta["val_loss"]
         items: Any = {item: ocp.args.PyTreeSave(tree) for item, tree in trees.items()}
         items["meta"] = ocp.args.JsonSave(integrity.sealed({**meta, "digests": found}))
         with integrity.written(self.path):
             self.manager.save(meta["iter"], args=ocp.args.Composite(**items))
+            if wait:
+                self.manager.wait_until_finished()
+
+    def check(self, wait: bool = False) -> None:
+        """Raise what the last save has met with, if it has ended; ``wait`` until it has."""
+        if wait or self.saving.done():
+            saving, self.saving = self.saving, self.thread.submit(lambda: None)
+            with integrity.written(self.path):
+                saving.result()
 
     def note(self, step: int, losses: dict[str, Any]) -> None:
         """Add to the JSON of a step what an evaluation has found since it was saved."""
@@ -75,16 +100,10 @@ class Checkpoints:
         every = self.keep_every
         return [n in kept or (every > 0 and n % every == 0) for n in have]
 
-    def check(self) -> None:
-        """Raise what the last save has met with, if it has ended."""
-        with integrity.written(self.path):
-            if not self.manager.is_saving_in_progress():
-                self.manager.wait_until_finished()  # check_for_errors misses some
-
     def close(self) -> None:
         """Wait until the last save is whole."""
-        with integrity.written(self.path):
-            self.manager.close()
+        with integrity.written(self.path), closing(self.manager), self.thread:
+            self.check(wait=True)
 
 
 def arrays() -> ocp.PyTreeCheckpointHandler:

@@ -36,6 +36,7 @@ META = {
     "iter": 1,
     "best_val_loss": 1.5,
     "val_loss": None,
+    "wandb_id": None,
     "config": vars(CONFIG),
     "model": vars(MODEL.config),
     "tokenizer": char_tokenizer("abc").to_json(),

@@ -40,6 +40,8 @@ def saved(tmp_path_factory):
         meta = {
             "iter": step,
             "val_loss": loss,
+            "best_val_loss": loss,
+            "wandb_id": None,
             "config": vars(TrainConfig()),
             "model": vars(MODEL.config),
             "tokenizer": TOKENIZER.to_json(),
@@ -126,9 +128,7 @@ def test_a_folder_that_holds_no_run_is_refused_by_name(tmp_path, monkeypatch, so
     ("changed", "message"),
     [
         ({"tokenizer": {"kind": "psychic"}}, "no tokenizer of kind"),
-        ({"tokenizer": None}, "no tokenizer of kind"),
         ({"model": {"n_heads": 2}}, "the checkpoint's model is of another version"),
-        ({"model": 5}, "the checkpoint's model is of another version"),
         ({"model": {**vars(MODEL.config), "n_head": 3}}, "not a multiple of n_head=3"),
         ({"model": {**vars(MODEL.config), "vocab_size": 4}}, "n_tokens=5 is above vocab_size=4"),
         ({"model": {**vars(MODEL.config), "n_embd": "x"}}, "n_embd='x' is a str"),

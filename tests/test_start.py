@@ -11,7 +11,7 @@ from gpt_jax.checkpoint import Checkpoints
 from gpt_jax.start import set_aside
 from gpt_jax.train_step import TrainState
 
-META = {"best_val_loss": 1.5, "config": {}, "model": {}, "tokenizer": {}}
+META = {"best_val_loss": 1.5, "wandb_id": None, "config": {}, "model": {}, "tokenizer": {}}
 
 
 def save_all(out_dir, losses):

@@ -128,9 +128,7 @@ def read_prompt(start: str) -> str:
     except (OSError, ValueError) as error:
         raise UserError(f"start={start!r:.100}: cannot be read as text ({error})") from None
     if len(prompt) > LONGEST_PROMPT:
-        raise UserError(
-            f"start={start!r:.99} is longer than {LONGEST_PROMPT:,} characters: cut it"
-        )
+        raise UserError(f"start={start!r:.99} is longer than {LONGEST_PROMPT:,} characters: cut it")
     return prompt
 
 

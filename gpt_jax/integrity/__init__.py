@@ -86,6 +86,8 @@ def written(path: str | Path) -> Iterator[None]:
     """Turn whatever fails when writing below ``path`` into a RunError with the space left there."""
     try:
         yield
+    except RunError:
+        raise
     except Exception as error:  # Orbax passes on what its own libraries and threads raise
         why = f"{path} cannot be written ({in_a_line(error)}{free_bytes(path)})"
         advice = "what was saved before is whole: mend it and go on with --init_from=resume"
@@ -102,12 +104,37 @@ def replace_file(path: Path, text: str) -> None:
     os.replace(new, path)
 
 
-def digests(tree: Any) -> dict[str, str | None]:
-    """Return the digest of each array, by its path; None for one that holds nan or inf."""
+def room_for_a_copy(tree: Any) -> bool:
+    """Return whether the devices of a tree, all of this process, can hold it a second time.
+
+    As far as can be told: beside what the largest update so far has needed.
+    """
+    leaves = jax.tree.leaves(tree)
+    devices = leaves[0].devices() if jax.process_count() == 1 else ()
+    for device in devices:
+        stats = device.memory_stats()
+        if stats is None:  # a CPU; several virtual ones would starve each other's collectives
+            return len(devices) == 1
+        free = stats["bytes_limit"] - stats["peak_bytes_in_use"]
+        if free < 1.1 * sum(x.nbytes for x in leaves) / len(devices):
+            return False
+    return bool(devices)
+
+
+def digests(tree: Any) -> Callable[[], dict[str, str | None]]:
+    """Start to compute the digest of each array; call what is returned for them, by path.
+
+    It is None for an array that holds nan or inf.
+    """
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
-    sums = np.asarray(checksums([x for _, x in leaves]))
-    return {n: f"{a:08x}{b:08x}" if f else None for n, (a, b, f) in zip(names, sums, strict=True)}
+    sums = checksums([x for _, x in leaves])
+
+    def computed() -> dict[str, str | None]:
+        rows = zip(names, np.asarray(sums), strict=True)
+        return {name: f"{a:08x}{b:08x}" if finite else None for name, (a, b, finite) in rows}
+
+    return computed
 
 
 @jax.jit
@@ -172,7 +199,7 @@ def check_digests(path: Path, tree: Any, saved: Any) -> None:
     expected = saved.get(path.name) if isinstance(saved, dict) else None
     if not isinstance(expected, dict):
         raise DamageError(f"{path} has no digests in its JSON: nobody can tell if it is damaged")
-    found = digests(tree)
+    found = digests(tree)()
     wrong = [name for name in {**found, **expected} if found.get(name) != expected.get(name)]
     if wrong:
         raise DamageError(f"{path} is damaged: {wrong[0]!r:.80} is not what was saved")

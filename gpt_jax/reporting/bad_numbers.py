@@ -37,7 +37,10 @@ def why(
         reasons += [f"gradient: micro-batch {index}, {place}" for place in gradients]
         if len(reasons) >= SHOWN:
             break
-    again = "computed again, loss and gradients are finite: a spike, or hardware that errs"
+    again = (
+        "computed again, loss and gradients are finite: a spike, a learning rate that overflows, "
+        "or hardware that errs"
+    )
     return "\n".join([
         f"{config.max_skipped} updates in a row were left out, the last of iteration {iteration}: "
         "their loss or gradient was nan, inf or a spike",

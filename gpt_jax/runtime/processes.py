@@ -238,6 +238,8 @@ def watch(over: threading.Event, advice: str) -> None:
                 seen[process] = (text, now, text.partition(" ")[2])
         silent = [process for process in range(n) if now - seen[process][1] > SILENCE]
         if silent:
+            if is_first():  # the others lose the service with it: they have the word first
+                time.sleep(2 * PERIOD)
             dead = silent if signs else [0]
             who = ", ".join(f"process {process} on {seen[process][2]}" for process in dead)
             leave(1, f"error: {who} has not been heard of for {SILENCE} s: {advice}")
