@@ -34,7 +34,7 @@ class Checkpoints:
     """
 
     def __init__(self, out_dir: str, keep: int, keep_every: int = 0):
-        self.path, self.keep, self.keep_every = folder(out_dir), keep, keep_every
+        self.path, self.keep, self.keep_every = folder(out_dir), keep, keep_every or math.inf
         self.losses = val_losses(out_dir)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=self, cleanup_tmp_directories=True
@@ -79,6 +79,7 @@ class Checkpoints:
             self.manager.save(meta["iter"], args=ocp.args.Composite(**items))
             if wait:
                 self.manager.wait_until_finished()
+                jax.tree.map(lambda x: x.delete(), trees)  # Orbax may still refer to them
 
     def check(self, wait: bool = False) -> None:
         """Raise what the last save has met with, if it has ended; ``wait`` until it has."""
@@ -97,8 +98,7 @@ class Checkpoints:
         """Answer Orbax which checkpoints, the oldest first, to keep."""
         have = [checkpoint.step for checkpoint in checkpoints]
         kept = {*have[-self.keep :], lowest({n: self.losses.get(n) for n in have})}
-        every = self.keep_every
-        return [n in kept or (every > 0 and n % every == 0) for n in have]
+        return [n in kept or n % self.keep_every == 0 for n in have]
 
     def close(self) -> None:
         """Wait until the last save is whole."""

@@ -14,7 +14,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from test_checkpoint import META, ONE, assert_same, plain, real_state, restored, save_one, shapes
 
-from gpt_jax import checkpoint
+from gpt_jax import checkpoint, integrity
 from gpt_jax.errors import DamageError, RunError
 from gpt_jax.integrity import (
     amend,
@@ -245,3 +245,36 @@ def test_what_cannot_be_written_is_said_in_a_line_with_the_place_and_its_free_by
     assert said.startswith(f"{path} cannot be written (OSError: [Errno 28] No space left")
     assert " bytes are free there): what was saved before is whole" in said
     assert "\n" not in said
+
+
+class Device:
+    """A GPU of 100 bytes, of which an update has needed so many."""
+
+    def __init__(self, peak):
+        self.peak = peak
+
+    def memory_stats(self):
+        return {"bytes_limit": 100, "peak_bytes_in_use": self.peak}
+
+
+class Leaf:
+    nbytes = 10
+
+    def __init__(self, *peaks):
+        self.peaks = peaks
+
+    def devices(self):
+        return [Device(peak) for peak in self.peaks]
+
+
+@pytest.mark.parametrize(
+    ("peaks", "room"), [((40,), True), ((46,), False), ((47, 47), True), ((40, 48), False)]
+)
+def test_a_copy_is_made_where_what_an_update_needs_would_fit_twice_beside_it(peaks, room):
+    assert integrity.room_for_a_copy({"a": Leaf(*peaks)}) is room
+
+
+def test_a_cpu_has_room_and_eight_virtual_ones_are_left_alone():
+    assert integrity.room_for_a_copy({"a": jax.device_put(np.ones(3), jax.devices()[0])})
+    spread = jax.device_put(np.ones(8), NamedSharding(make_mesh(), PartitionSpec("data")))
+    assert not integrity.room_for_a_copy({"a": spread})

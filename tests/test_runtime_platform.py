@@ -1,5 +1,7 @@
 """Which platform a process runs on."""
 
+import os
+
 import jax
 import pytest
 
@@ -32,3 +34,11 @@ def test_auto_leaves_the_platform_to_jax(monkeypatch):
     assert not asked
     use_platform("cpu")
     assert asked == [("jax_platforms", "cpu")]
+
+
+def test_deterministic_adds_its_flags_to_those_that_are_there(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_mine=1")
+    use_platform("cpu")
+    assert os.environ["XLA_FLAGS"] == "--xla_mine=1"
+    use_platform("cpu", deterministic=True)
+    assert os.environ["XLA_FLAGS"].startswith("--xla_mine=1 --xla_gpu_deterministic_ops=true")

@@ -105,9 +105,10 @@ def replace_file(path: Path, text: str) -> None:
 
 
 def room_for_a_copy(tree: Any) -> bool:
-    """Return whether the devices of a tree, all of this process, can hold it a second time.
+    """Return whether the devices of a tree, all of this process, can surely hold it twice.
 
-    As far as can be told: beside what the largest update so far has needed.
+    There must be room for all that the largest update so far has needed a second time: the copy
+    breaks up what is free, and an update asks for much of it in one piece (docs/performance.md).
     """
     leaves = jax.tree.leaves(tree)
     devices = leaves[0].devices() if jax.process_count() == 1 else ()
@@ -115,8 +116,8 @@ def room_for_a_copy(tree: Any) -> bool:
         stats = device.memory_stats()
         if stats is None:  # a CPU; several virtual ones would starve each other's collectives
             return len(devices) == 1
-        free = stats["bytes_limit"] - stats["peak_bytes_in_use"]
-        if free < 1.1 * sum(x.nbytes for x in leaves) / len(devices):
+        copy = sum(x.nbytes for x in leaves) / len(devices)
+        if stats["bytes_limit"] < 2 * stats["peak_bytes_in_use"] + copy:
             return False
     return bool(devices)
 
