@@ -12,7 +12,7 @@ back is held against its digest, and the JSON against its own.
 
 import math
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ class Checkpoints:
         with integrity.written(self.path):
             self.manager = ocp.CheckpointManager(self.path, options=options, item_handlers=handlers)
         self.thread = ThreadPoolExecutor(1, "checkpoints")
-        self.saving = self.thread.submit(lambda: None)
+        self.saving: Future | None = None
 
     def save(self, state: TrainState, meta: dict[str, Any]) -> None:
         """Start saving ``state`` as the step ``meta["iter"]``; training may go on at once.
@@ -83,8 +83,8 @@ class Checkpoints:
 
     def check(self, wait: bool = False) -> None:
         """Raise what the last save has met with, if it has ended; ``wait`` until it has."""
-        if wait or self.saving.done():
-            saving, self.saving = self.saving, self.thread.submit(lambda: None)
+        if self.saving and (wait or self.saving.done()):
+            saving, self.saving = self.saving, None
             with integrity.written(self.path):
                 saving.result()
 
