@@ -102,9 +102,7 @@ def train(config: TrainConfig, stop: Stop) -> None:
 
     # ---- 6. The loop ----------------------------------------------------------------------------
     make_room(config, new=not saved)
-    report = reporting.Report(
-        config, mesh, model, state.params, tokens_per_iter, meta["iter"], meta.get("wandb_id")
-    )
+    report = reporting.Report(config, mesh, model, state.params, tokens_per_iter, meta)
     checkpoints = Checkpoints(config.out_dir, config.keep, config.keep_every)
     best, at = meta["best_val_loss"], meta["iter"]  # at: the iteration that was saved last
 

@@ -22,11 +22,11 @@ from gpt_jax.runtime import is_first
 
 
 class Report:
-    """Tells of a run from iteration ``first`` on: of its losses, its speed, and mfu."""
+    """Tells of a run that goes on from ``meta``: of its losses, its speed, and mfu."""
 
     def __init__(
         self, config: TrainConfig, mesh: Mesh, model: GPT, params: Any, tokens_per_iter: int,
-        first: int, wandb_id: str | None = None,
+        meta: dict[str, Any],
     ):  # fmt: skip
         self.config, self.tokens_per_iter = config, tokens_per_iter
         self.flops = flops_per_token(model.config, count_params(params)) * tokens_per_iter
@@ -35,11 +35,12 @@ class Report:
         self.path = Path(config.out_dir) / "metrics.jsonl" if is_first() else Path(os.devnull)
         self.skipped = None  # updates left out in all, as last heard
         with written(self.path):
-            keep_before(self.path, first)
+            keep_before(self.path, meta["iter"])
             self.file = self.path.open("a", encoding="utf-8")
         self.live = sys.stdout.isatty()
         self.steps, self.speed = 0, 0.0
-        self.wandb = start_wandb(config, wandb_id) if config.wandb_log and is_first() else None
+        logs = config.wandb_log and is_first()
+        self.wandb = start_wandb(config, meta.get("wandb_id")) if logs else None
         self.wandb_id = self.wandb.id if self.wandb else None
         self.since = time.perf_counter()
 
