@@ -345,7 +345,7 @@ def test_an_automatic_start_does_not_go_on_with_another_data_set(monkeypatch, ca
     [
         (["--start=€"], "character '€' (U+20AC) at position 0"),
         (["--start="], "the prompt has no tokens"),
-        (["--start=FILE:none.txt"], "start=FILE:none.txt: cannot be read"),
+        (["--start=FILE:none.txt"], "start='FILE:none.txt': cannot be read"),
         (["--stop=to"], "stop='to' is 2 tokens"),
         (["--step=77"], "out has no checkpoint of step 77, only of"),
         (["--out_dir=none"], "no checkpoint in none"),
