@@ -146,6 +146,17 @@ def test_a_run_that_diverges_ends_with_a_report_and_its_checkpoints(monkeypatch,
             assert np.isfinite(leaf).all()
 
 
+def test_an_update_left_out_is_told_of_from_the_very_first_on(monkeypatch, capsys):
+    """A resumed run has not yet heard how many there were before."""
+    flags = ("--learning_rate=1e30", "--warmup_iters=0", "--max_skipped=9", "--data=1")
+    assert run(train, monkeypatch, *TINY, *flags, "--max_iters=2") == 0
+    assert run(train, monkeypatch, *TINY, *flags, "--max_iters=3", "--init_from=resume") == 0
+    told = re.findall(
+        r"^iter (\d+): update left out: .* \((\d) so far\)$", capsys.readouterr().out, re.M
+    )
+    assert told == [("0", "1"), ("1", "2"), ("2", "3")]
+
+
 def test_the_report_names_the_layer_whose_gradient_is_not_finite(monkeypatch, capsys):  # C22
     """The second layer's MLP is poisoned in the backward pass of one micro-batch's loss."""
     from gpt_jax.model import GPT

@@ -53,7 +53,8 @@ class Report:
         metrics = {name: float(value) for name, value in values.items()}
         skipped, in_a_row = int(values["skipped"]), int(values["skipped_in_a_row"])
         self.steps += 1
-        if self.skipped is not None and skipped > self.skipped:
+        # with float16 an update left out need not count as one in a row
+        if in_a_row or (self.skipped is not None and skipped > self.skipped):
             numbers = f"loss {metrics['loss']:.4f}, gradient norm {metrics['grad_norm']:.4f}"
             self.say(f"iter {iteration}: update left out: {numbers} ({skipped} so far)")
         self.skipped = skipped

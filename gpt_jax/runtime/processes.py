@@ -25,7 +25,7 @@ import jax
 from jax._src.distributed import global_state  # its client has no public name yet
 
 from gpt_jax.config import LoadConfig, TrainConfig
-from gpt_jax.errors import UserError
+from gpt_jax.errors import RunError, UserError
 
 SILENCE = 20  # seconds without a sign of life after which a process counts as dead
 PERIOD = 2  # seconds from one sign of life to the next
@@ -41,8 +41,8 @@ def connected(config: TrainConfig | LoadConfig, advice: str) -> Iterator[None]:
 
     They are found by JAX (Cloud TPU, SLURM, Open MPI, Kubernetes) or named by the config. Only
     process 0 keeps its stdout. Raises UserError where they are named in part or cannot be found.
-    Ends the process itself, in a line, with 2 where they do not answer or one has wrong input, and
-    with 1, the line ending in ``advice``, where one dies.
+    Ends the process itself, in a line, with 2 where they do not answer or one has wrong input, with
+    1 where one cannot go on, and with 1, the line ending in ``advice``, where one dies.
     """
     join(config)
     if not global_state.client:
@@ -58,12 +58,12 @@ def connected(config: TrainConfig | LoadConfig, advice: str) -> Iterator[None]:
         agree({name: value for name, value in vars(config).items() if name not in MAY_DIFFER})
         yield
         barrier()  # or the last to end would miss those that ended before
-    except UserError as error:
+    except (UserError, RunError) as error:
         # at once: JAX would wait for the others at its exit. Process 0 has the service that they
         # need to come to the same end
         if is_first():
             time.sleep(2 * PERIOD)
-        leave(2, f"error: {error}")
+        leave(2 if isinstance(error, UserError) else 1, f"error: {error}")
     except Exception as error:
         # most likely a collective that has lost its other end: the watch will know which
         print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
