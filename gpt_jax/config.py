@@ -71,6 +71,7 @@ class GPTConfig(Checked):
     activation: str = key("gelu", "exact as nanoGPT, or OpenAI's tanh", choices="gelu|gelu_tanh")
     dtype: str = key("float32", "of matrix products", choices="float32|bfloat16|float16")
     attention: str = key("auto", "attention kernel", choices="auto|reference|xla|cudnn")
+    kernels: str = key("auto", "of LayerNorm and the loss", choices="auto|reference|pallas")
     remat: str = key("none", "recomputed in the backward pass", choices="none|dots|full")
     scan_layers: bool = key(False, "True: one rolled loop compiles faster; False: trains faster")
     n_tokens: int = key(0, "ids from here up are padding, never sampled; 0: none", at_least=0)
@@ -144,6 +145,7 @@ class TrainConfig(Hardware):
     backend: str = key("nccl", "accepted; JAX picks the transport itself", "Speed and seed")
     seed: int = key(1337, "of weights, batches and dropout", at_least=0, at_most=2**32 - 1)
     attention: str = key("auto", "attention kernel", choices="auto|reference|xla|cudnn")
+    kernels: str = key("auto", "of LayerNorm and the loss", choices="auto|reference|pallas")
     remat: str = key("none", "recomputed in the backward pass", choices="none|dots|full")
     scan_layers: bool = key(False, "True: one rolled loop compiles faster; False: trains faster")
     deterministic: bool = key(False, "the same bits in every run on a GPU, a little slower")
@@ -161,7 +163,7 @@ class TrainConfig(Hardware):
 
     def continued(self, model: GPTConfig) -> GPTConfig:
         """Return a trained network's config, as this run goes on training it."""
-        ours = ("block_size", "dropout", "attention", "remat", "scan_layers")
+        ours = ("block_size", "dropout", "attention", "kernels", "remat", "scan_layers")
         return replace(model, **{name: getattr(self, name) for name in ours})
 
 

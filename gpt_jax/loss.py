@@ -4,6 +4,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from gpt_jax import kernels
+from gpt_jax.kernels.cross_entropy import loss_of_projection
+
 # logits alive at once, in elements; beyond it the sequence is worked through in pieces
 CHUNK = 2**30
 
@@ -30,7 +33,8 @@ def cross_entropy(logits: Array, targets: Array) -> tuple[Array, Array]:
 
 
 def cross_entropy_of_projection(
-    x: Array, weight: Array, targets: Array, dtype: str, chunk: int = CHUNK, devices: int = 1
+    x: Array, weight: Array, targets: Array, dtype: str, chunk: int = CHUNK, devices: int = 1,
+    backend: str = "reference",
 ) -> tuple[Array, Array]:
     """Return ``cross_entropy(project(x, weight), targets)`` with at most ``chunk`` logits alive.
 
@@ -39,6 +43,9 @@ def cross_entropy_of_projection(
     logits are made again in the backward pass instead of kept.
     """
     B, T, C = x.shape
+    if kernels.use(backend, dtype):
+        total = loss_of_projection(x.reshape(-1, C), weight, targets.reshape(-1), dtype, chunk)
+        return total, (targets >= 0).sum()
     pieces = min(T, -(-B * T * weight.shape[0] // (chunk * devices)))
     if pieces == 1:
         return cross_entropy(project(x, weight, dtype), targets)

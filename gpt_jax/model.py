@@ -15,12 +15,17 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from gpt_jax import kernels
 from gpt_jax.attention import attention, cached_attention
 from gpt_jax.config import GPTConfig
 from gpt_jax.errors import UserError
+from gpt_jax.kernels.gelu import gelu as fused_gelu
+from gpt_jax.kernels.layer_norm import add_layer_norm
 from gpt_jax.loss import cross_entropy_of_projection, project
 
 Params = dict[str, Any]
+# of the residual stream: float16's range does not suffice
+STREAM = {"float32": "float32", "bfloat16": "bfloat16", "float16": "float32"}
 
 
 class Cache(NamedTuple):
@@ -40,7 +45,7 @@ def new_cache(config: GPTConfig, batch: int) -> Cache:
 class Linear(nn.Module):
     """A product with a weight of shape ``inputs + outputs``, in ``config.dtype``, plus a bias.
 
-    ``split=True`` makes one product for each entry of the weight's second axis, and returns a list:
+    ``split=True`` takes and returns a list, of a product for each entry of the weight's second axis:
     q, k and v then need no slices, and their gradients no concatenation.
     """
 
@@ -51,7 +56,7 @@ class Linear(nn.Module):
     split: bool = False
 
     @nn.compact
-    def __call__(self, x: Array) -> Any:
+    def __call__(self, x: Any) -> Any:
         dtype, n = self.config.dtype, len(self.inputs)
         shape = self.inputs + self.outputs
         weight = self.param("weight", nn.initializers.normal(self.std), shape).astype(dtype)
@@ -59,7 +64,7 @@ class Linear(nn.Module):
         if self.config.bias:
             bias = self.param("bias", nn.initializers.zeros, self.outputs).astype(dtype)
         if self.split:
-            return [product(x, weight[:, i], bias[i], n) for i in range(self.outputs[0])]
+            return [product(x, weight[:, i], bias[i], n) for i, x in enumerate(x)]
         return product(x, weight, bias, n)
 
 
@@ -87,25 +92,35 @@ def gelu(x: Array, approximate: bool) -> Array:
     """
     if approximate:
         return nn.gelu(x, approximate=True)
+    if x.dtype != jnp.float32:
+        return fused_gelu(x)
     y = x.astype(jnp.float32)
     return (0.5 * y * (1 + jax.lax.erf(y * math.sqrt(0.5)))).astype(x.dtype)
 
 
 class LayerNorm(nn.Module):
-    """Normalise the last axis in float32, two-pass variance, eps 1e-5, as PyTorch does."""
+    """Add y to the stream x, and normalise: float32, two-pass variance, eps 1e-5, as PyTorch does.
+
+    Returns x + y and the normed rows, once for each of their ``uses``.
+    """
 
     config: GPTConfig
+    uses: int = 1
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
-        shape = (self.config.n_embd,)
-        x = x.astype(jnp.float32)
-        x -= x.mean(-1, keepdims=True)
-        x *= jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-5)
-        x *= self.param("weight", nn.initializers.ones, shape)[None, None]
-        if self.config.bias:
-            x += self.param("bias", nn.initializers.zeros, shape)[None, None]
-        return x
+    def __call__(self, x: Array, y: Array | None = None) -> tuple[Array, ...]:
+        c, shape = self.config, (self.config.n_embd,)
+        weight = self.param("weight", nn.initializers.ones, shape)
+        bias = self.param("bias", nn.initializers.zeros, shape) if c.bias else None
+        if kernels.use(c.kernels, c.dtype):
+            return add_layer_norm(x, y, weight, bias, self.uses)
+        x = x if y is None else x + y
+        normed = x.astype(jnp.float32)
+        normed -= normed.mean(-1, keepdims=True)
+        normed *= jax.lax.rsqrt(jnp.square(normed).mean(-1, keepdims=True) + 1e-5)
+        normed *= weight[None, None]
+        normed = normed if bias is None else normed + bias[None, None]
+        return x, *[normed] * self.uses
 
 
 class Embedding(nn.Module):
@@ -128,14 +143,14 @@ class CausalSelfAttention(nn.Module):
     config: GPTConfig
 
     @nn.compact
-    def __call__(self, x: Array, positions: Array, cache: Cache | None, deterministic: bool):
+    def __call__(self, x: list[Array], positions: Array, cache: Cache | None, deterministic: bool):
         c = self.config
         heads = (c.n_head, c.n_embd // c.n_head)
         # (C, 3, H, D) keeps q, k and v of a head together, so that heads can be sharded
         q, k, v = Linear(c, (c.n_embd,), (3, *heads), split=True, name="c_attn")(x)  # (B, T, H, D)
         rate = 0.0 if deterministic else c.dropout
         if cache is not None:
-            rows = jnp.arange(x.shape[0])[:, None]
+            rows = jnp.arange(len(q))[:, None]
             k, v = cache.k.at[rows, positions].set(k), cache.v.at[rows, positions].set(v)
             cache = Cache(k, v)
             y = cached_attention(q, k, v, positions)
@@ -163,17 +178,17 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """x += attention(norm(x)); x += mlp(norm(x)); the residual stream x stays float32."""
+    """x += attention(norm(x)); x += mlp(norm(x)); x is the residual stream."""
 
     config: GPTConfig
 
     @nn.compact
     def __call__(self, x: Array, cache: Cache | None, positions: Array, deterministic: bool):
         c = self.config
-        normed = LayerNorm(c, name="ln_1")(x)
+        x, *normed = LayerNorm(c, uses=3, name="ln_1")(x)
         y, cache = CausalSelfAttention(c, name="attn")(normed, positions, cache, deterministic)
-        x += y
-        return x + MLP(c, name="mlp")(LayerNorm(c, name="ln_2")(x), deterministic), cache
+        x, normed = LayerNorm(c, name="ln_2")(x, y)
+        return x + MLP(c, name="mlp")(normed, deterministic), cache
 
 
 class GPT(nn.Module):
@@ -213,8 +228,8 @@ class GPT(nn.Module):
         if positions is None:
             positions = jnp.arange(tokens.shape[1])[None]
         x = self.drop(self.wte(tokens) + self.wpe(positions), deterministic=deterministic)
-        x, cache = self.h(x, cache, positions, deterministic)
-        return self.ln_f(x), cache
+        x, cache = self.h(x.astype(STREAM[self.config.dtype]), cache, positions, deterministic)
+        return self.ln_f(x)[1], cache
 
     def __call__(self, tokens: Array, deterministic: bool = True) -> Array:
         """Return the logits, float32 (B, T, V), of ``tokens``, int32 (B, T) with T <= block_size.
@@ -237,7 +252,9 @@ class GPT(nn.Module):
         """
         x, _ = self.features(tokens, deterministic=deterministic)
         dtype = self.config.dtype
-        return cross_entropy_of_projection(x, self.wte.weight, targets, dtype, devices=devices)
+        return cross_entropy_of_projection(
+            x, self.wte.weight, targets, dtype, devices=devices, backend=self.config.kernels
+        )
 
     def next_logits(self, tokens: Array, last: Array, positions=None, cache=None):
         """Return the logits, float32 (B, V), at index ``last`` (B,) of each row, and the cache."""

@@ -201,4 +201,21 @@ def as_if_there(target: Target) -> Iterator[None]:
             for name, answer in answers.items():
                 stack.enter_context(mock.patch.object(cudnn, name, answer))
             stack.enter_context(mock.patch("gpt_jax.attention.cudnn_can", return_value=True))
+            stack.enter_context(mock.patch("gpt_jax.kernels.why_not", return_value=None))
+            stack.enter_context(mock.patch("jax.default_backend", return_value="gpu"))
+            if info := triton_gpu():
+                stack.enter_context(mock.patch.dict(info.registry, cpu=lambda: HOPPER_INFO(info)))
         yield
+
+
+def triton_gpu():
+    """Return JAX's table of GPUs, of versions from 0.11."""
+    try:
+        from jax._src.pallas.triton import gpu_info
+    except ImportError:
+        return None
+    return gpu_info
+
+
+def HOPPER_INFO(info):
+    return info.GpuInfo(gpu_version=None, arch_name="9.0", compute_capability=90)

@@ -1,0 +1,47 @@
+"""Kernels of our own for NVIDIA GPUs, in Pallas; each has a slow reference that tests hold it to.
+
+They go through Pallas's Triton lowering. Anywhere else they can be interpreted, slowly: for tests.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+
+def why_not(dtype: Any) -> str | None:
+    """Return why the kernels cannot be compiled for what is here and this dtype; None if they can.
+
+    They are made for 16-bit arrays on an NVIDIA GPU of compute capability 8 (Ampere) or later.
+    """
+    device = jax.devices()[0]
+    if device.platform != "gpu" or "NVIDIA" not in device.device_kind:
+        return f"they are for NVIDIA GPUs, not {device.device_kind}"
+    if int(str(device.compute_capability).split(".")[0]) < 8:
+        return f"they need compute capability 8, {device.device_kind} has {device.compute_capability}"
+    if jnp.dtype(dtype).itemsize != 2:
+        return f"they are for bfloat16 and float16, not {jnp.dtype(dtype)}"
+    return None
+
+
+def use(kernels: str, dtype: Any) -> bool:
+    """Return whether a config's ``kernels`` means Pallas, here and with products in ``dtype``."""
+    return kernels == "pallas" or (kernels == "auto" and why_not(dtype) is None)
+
+
+def launch(kernel: Any, *, warps: int, stages: int = 1, **arguments: Any) -> Any:
+    """Return ``pl.pallas_call`` of a kernel, for ``warps`` of 32 threads a program.
+
+    Interpreted where there is no GPU.
+    """
+    from jax.experimental.pallas import triton  # only here: JAX has begun to retire it
+
+    parameters = triton.CompilerParams(num_warps=warps, num_stages=stages)
+    interpret = jax.default_backend() != "gpu"
+    return pl.pallas_call(kernel, compiler_params=parameters, interpret=interpret, **arguments)
+
+
+def power_of_2(n: int) -> int:
+    """Return the smallest power of two that is at least ``n``: the sizes of Triton's arrays."""
+    return 1 << max(n - 1, 0).bit_length()

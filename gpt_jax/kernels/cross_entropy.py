@@ -1,0 +1,129 @@
+"""The loss of the output projection, whose gradients are made while the logits are at hand."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+
+from gpt_jax.kernels import launch
+
+BLOCK, WARPS = 8192, 16  # logits that a program reads at once; few rows at a time stay in the L2
+LOG2E = 1.4426950408889634
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def loss_of_projection(x: Array, weight: Array, targets: Array, dtype: str, chunk: int) -> Array:
+    """Return the summed loss in nats, float32, of the logits x weight^T, made ``chunk`` at a time.
+
+    x is (N, C), weight (V, C), targets int32 (N,), of which -1 is left out. The products are made
+    in ``dtype``. Where a gradient is asked for, it is made in the forward pass, piece by piece: no
+    logits are kept and none made twice. (As in Liger Kernel, Hsu et al. 2024.)
+    """
+    table = weight.astype(dtype)
+    return sum(losses(logits_of(x[p], table), targets[p]).sum() for p in pieces(x, weight, chunk))
+
+
+def forward(x: Array, weight: Array, targets: Array, dtype: str, chunk: int) -> Any:
+    """Return the summed loss, and its gradients by x and weight for the backward pass to scale."""
+    table = weight.astype(dtype)
+    total, dxs, dw = jnp.float32(0), [], jnp.zeros(weight.shape, jnp.float32)
+    for p in pieces(x, weight, chunk):
+        rows = x[p].astype(dtype)
+        loss, dlogits = losses_and_gradient(logits_of(rows, table), targets[p])
+        total += loss.sum()
+        dxs.append(jnp.dot(dlogits, table))
+        dw += jnp.dot(dlogits.T, rows, preferred_element_type=jnp.float32)
+    like = jnp.zeros((0,), x.dtype)
+    return total, (jnp.concatenate(dxs), dw, like)
+
+
+def backward(dtype: str, chunk: int, kept: Any, gradient: Array) -> Any:
+    """Return the gradients of the forward pass times that of its sum."""
+    dx, dw, like = kept
+    return (dx * gradient).astype(like.dtype), dw * gradient, None
+
+
+loss_of_projection.defvjp(forward, backward)
+
+
+def pieces(x: Array, weight: Array, chunk: int) -> list[slice]:
+    """Return the rows of each piece: even ones, of at most ``chunk`` logits."""
+    n = max(1, -(-len(x) * len(weight) // chunk))
+    rows = -(-len(x) // n)
+    return [slice(first, first + rows) for first in range(0, len(x), rows)]
+
+
+def logits_of(x: Array, table: Array) -> Array:
+    """Return the logits (N, V) in the table's dtype."""
+    return jnp.dot(x.astype(table.dtype), table.T)
+
+
+def losses(logits: Array, targets: Array) -> Array:
+    """Return the loss of each row in nats, float32 (N,), of logits (N, V) and targets int32 (N,).
+
+    A target of -1 has a loss of 0.
+    """
+    return over_rows(logits, targets, gradient=False)[0]
+
+
+def losses_and_gradient(logits: Array, targets: Array) -> tuple[Array, Array]:
+    """Return the losses, and in the memory of the logits the gradient of their sum (N, V)."""
+    loss, gradient = over_rows(logits, targets, gradient=True)
+    return loss, gradient
+
+
+def over_rows(logits: Array, targets: Array, gradient: bool) -> Any:
+    """Read each row once to sum up its exponentials, and again, from the cache, to replace it."""
+    N, V = logits.shape
+    blocks = pl.cdiv(V, BLOCK)
+
+    def kernel(logits_ref, targets_ref, loss_ref, *gradient_ref):
+        row = pl.program_id(0)
+        target = targets_ref[row]
+        counted = target >= 0
+        # read first: the sums' barriers stand between it and what replaces it
+        picked = logits_ref[row, jnp.maximum(target, 0)].astype(jnp.float32)
+
+        def load(i, policy):
+            column = i * BLOCK + jnp.arange(BLOCK)
+            x = triton.load(
+                logits_ref.at[row, column],
+                mask=column < V,
+                other=-jnp.inf,
+                eviction_policy=policy,
+            )
+            return column, x.astype(jnp.float32) * LOG2E
+
+        def add(i, carry):
+            most, total = carry
+            _, x = load(i, "evict_last")
+            more = jnp.maximum(most, x.max())
+            return more, total * jnp.exp2(most - more) + jnp.exp2(x - more).sum()
+
+        most, total = jax.lax.fori_loop(0, blocks, add, (jnp.float32(-1e30), jnp.float32(0)))
+        log_sum = most + jnp.log2(total)
+        loss_ref[row] = jnp.where(counted, log_sum / LOG2E - picked, 0)
+        if gradient:
+            [out_ref] = gradient_ref
+
+            def replace(i, _):
+                column, x = load(i, "evict_first")
+                p = jnp.exp2(x - log_sum) - jnp.where(column == target, 1.0, 0.0)
+                p = jnp.where(counted, p, 0)
+                triton.store(out_ref.at[row, column], p.astype(out_ref.dtype), mask=column < V)
+
+            jax.lax.fori_loop(0, blocks, replace, None)
+
+    shapes = [jax.ShapeDtypeStruct((N,), jnp.float32)]
+    return launch(
+        kernel,
+        warps=WARPS,
+        grid=N,
+        out_shape=shapes + [jax.ShapeDtypeStruct((N, V), logits.dtype)] * gradient,
+        input_output_aliases={0: 1} if gradient else {},
+        name="cross_entropy",
+    )(logits, targets)

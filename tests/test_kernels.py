@@ -1,0 +1,229 @@
+"""Kernels of our own, interpreted, against what is written out: values and gradients."""
+
+from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.extend.core import jaxprs_in_params
+
+from gpt_jax import kernels
+from gpt_jax.config import GPTConfig
+from gpt_jax.errors import UserError
+from gpt_jax.kernels import cross_entropy, layer_norm
+from gpt_jax.kernels.gelu import gelu
+from gpt_jax.loss import cross_entropy_of_projection
+from gpt_jax.model import GPT
+
+RNG = np.random.default_rng(0)
+
+
+def normal(*shape, dtype=jnp.float32):
+    return jnp.asarray(RNG.normal(0, 1, shape), dtype)
+
+
+def close(ours, theirs, bound):
+    """Relative error by norm: an element may be small by chance."""
+    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        a, b = (np.asarray(x, np.float64) for x in (a, b))
+        assert a.shape == b.shape
+        assert np.linalg.norm(a - b) <= bound * np.linalg.norm(b)
+
+
+# --- LayerNorm
+
+
+def plain_layer_norm(x, y, weight, bias, uses):
+    x = x if y is None else (x + y).astype(x.dtype)
+    z = x.astype(jnp.float32)
+    z = (z - z.mean(-1, keepdims=True)) / jnp.sqrt(z.var(-1, keepdims=True) + 1e-5)
+    z = z * weight[None] + (0 if bias is None else bias[None])
+    return x, *[z.astype(x.dtype)] * uses
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("n", "c", "two", "biased", "uses"),
+    [(64, 48, True, True, 1), (70, 64, False, False, 3), (33, 20, True, False, 1),
+     (1, 5, False, True, 1), (4, 4100, True, True, 2)],
+)  # fmt: skip
+def test_layer_norm_and_its_gradients_are_the_plain_ones(n, c, two, biased, uses, dtype):
+    """Rows and widths that fill no block, too."""
+    x, y = normal(n, c, dtype=dtype), normal(n, c, dtype=dtype) if two else None
+    weight, bias = 1 + normal(c) / 3, normal(c) if biased else None
+    down = [normal(n, c, dtype=dtype) for _ in range(1 + uses)]
+
+    @partial(jax.jit, static_argnums=0)
+    def run(f):
+        out, back = jax.vjp(lambda *a: f(*a, uses), x, y, weight, bias)
+        return out, back(tuple(down))
+
+    bound = {"float32": 1e-6, "bfloat16": 6e-3}[dtype]
+    close(run(layer_norm.add_layer_norm), run(plain_layer_norm), bound)
+
+
+def test_the_sum_that_layer_norm_returns_is_the_one_that_it_norms():
+    """In bfloat16 the sum is rounded: what goes down the stream and what is normed must agree."""
+    x, y = normal(8, 64, dtype="bfloat16"), normal(8, 64, dtype="bfloat16")
+    weight = jnp.ones(64)
+    total, normed = jax.jit(layer_norm.add_layer_norm)(x, y, weight, None)
+    assert (total == x + y).all()
+    again = jax.jit(layer_norm.add_layer_norm)(total, None, weight, None)[1]
+    assert (normed == again).all()
+
+
+# --- the loss
+
+
+def plain_losses(logits, targets):
+    logits = logits.astype(jnp.float32)
+    picked = jnp.take_along_axis(logits, jnp.maximum(targets, 0)[:, None], 1)[:, 0]
+    return jnp.where(targets >= 0, jax.nn.logsumexp(logits, -1) - picked, 0)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("v", [13, 1024, 8192 + 77])
+def test_losses_and_their_gradient_are_the_formula(v, dtype):  # C34
+    logits = 3 * normal(6, v, dtype=dtype)
+    targets = jnp.asarray([0, v - 1, -1, 5, 7, -1])
+    plain = jax.jit(lambda x: (plain_losses(x, targets), jax.grad(
+        lambda x: plain_losses(x, targets).sum())(x)))(logits)  # fmt: skip
+    loss = jax.jit(cross_entropy.losses)(logits, targets)
+    ours = jax.jit(cross_entropy.losses_and_gradient)(logits, targets)
+    close(loss, plain[0], 1e-6)
+    close(ours[0], plain[0], 1e-6)
+    close(ours[1], plain[1], {"float32": 1e-5, "bfloat16": 4e-3}[dtype])
+    assert not np.any(ours[1][2])
+    assert not np.any(ours[1][5])
+
+
+def test_large_logits_do_not_overflow_and_no_number_makes_no_number():
+    logits = jnp.asarray([[1e4, 0.0, -1e4], [np.nan, 0, 0], [np.inf, 0, 0]])
+    targets = jnp.asarray([1, 1, 1])
+    loss, gradient = jax.jit(cross_entropy.losses_and_gradient)(logits, targets)
+    assert loss[0] == 1e4
+    assert (gradient[0] == jnp.asarray([1, -1, 0])).all()
+    assert not np.isfinite(loss[1:]).any()
+
+
+B, T, C, V = 3, 10, 8, 13
+X, W = normal(B, T, C), normal(V, C)
+TARGETS = jnp.asarray(RNG.integers(-1, V, (B, T)), jnp.int32)
+
+
+@partial(jax.jit, static_argnums=(2, 3))
+def mean_and_gradients(x, weight, backend, chunk):
+    def mean(x, weight):
+        total, count = cross_entropy_of_projection(
+            x, weight, TARGETS, "float32", chunk, backend=backend
+        )
+        return total / count, count
+
+    return jax.value_and_grad(mean, (0, 1), has_aux=True)(x, weight)
+
+
+@pytest.mark.parametrize("chunk", [B * T * V, B * V * 4, V * 7, 1])
+def test_gradients_made_in_the_forward_pass_are_those_of_the_plain_loss(chunk):  # C34
+    ours = mean_and_gradients(X, W, "pallas", chunk)
+    close(ours, mean_and_gradients(X, W, "reference", B * T * V), 1e-6)
+
+
+def shapes_in(jaxpr):
+    for equation in jaxpr.eqns:
+        for x in equation.outvars:
+            yield x.aval.shape
+        for inner in jaxprs_in_params(equation.params):
+            yield from shapes_in(inner)
+
+
+def test_no_more_logits_than_a_chunk_exist_at_once():
+    jaxpr = jax.make_jaxpr(mean_and_gradients, static_argnums=(2, 3))(X, W, "pallas", 10 * V)
+    logits = [shape for shape in shapes_in(jaxpr.jaxpr) if len(shape) == 2 and shape[1] == V]
+    assert max(np.prod(shape) for shape in logits) == 10 * V
+
+
+# --- GELU
+
+
+def test_gelu_and_its_slope_are_the_exact_ones():
+    x = np.linspace(-12, 12, 4001).astype(np.float32)
+    exact = lambda x: 0.5 * x * (1 + jax.lax.erf(x * 0.5**0.5))  # noqa: E731
+    for f, bound in ((gelu, 0), (jax.vmap(jax.grad(gelu)), 4e-7)):
+        theirs = jax.jit(exact if f is gelu else jax.vmap(jax.grad(exact)))(x)
+        assert np.abs(jax.jit(f)(x) - theirs).max() <= bound
+
+
+# --- the network
+
+SIZES = {"block_size": 16, "vocab_size": 65, "n_layer": 2, "n_head": 2, "n_embd": 48}
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [("float32", 2e-6), ("bfloat16", 2e-2)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_model_on_kernels_has_the_loss_and_gradients_of_one_without(dtype, bound, bias):
+    config = GPTConfig(**SIZES, bias=bias, dtype=dtype, kernels="reference")
+    tokens = jnp.asarray(RNG.integers(0, 65, (3, 16)), jnp.int32)
+    targets = jnp.asarray(RNG.integers(-1, 65, (3, 16)), jnp.int32)
+    params = GPT(config).init(jax.random.key(0), tokens)["params"]
+    params = jax.tree.map(lambda x: x + 0.1 * normal(*x.shape), params)
+
+    def run(kernels):
+        model = GPT(replace(config, kernels=kernels))
+        loss = lambda p: model.apply({"params": p}, tokens, targets, method="loss")  # noqa: E731
+        return jax.jit(jax.value_and_grad(loss))(params)
+
+    close(run("pallas"), run("reference"), bound)
+
+
+def test_the_stream_is_bfloat16_with_bfloat16_products_and_float32_otherwise():
+    tokens = jnp.zeros((1, 4), jnp.int32)
+    for dtype, stream in (("bfloat16", "bfloat16"), ("float16", "float32"), ("float32", "float32")):
+        model = GPT(GPTConfig(**SIZES, dtype=dtype))
+        params = jax.eval_shape(model.init, jax.random.key(0), tokens)
+        _, kept = jax.eval_shape(
+            lambda p, m=model: m.apply(p, tokens, capture_intermediates=True), params
+        )
+        assert kept["intermediates"]["ln_f"]["__call__"][0][0].dtype == stream
+
+
+# --- where they are used
+
+
+def device(platform="gpu", kind="NVIDIA H100", capability="9.0"):
+    return SimpleNamespace(platform=platform, device_kind=kind, compute_capability=capability)
+
+
+@pytest.mark.parametrize(
+    ("there", "dtype", "why"),
+    [
+        (device(), "bfloat16", None),
+        (device(capability="8.0"), "float16", None),
+        (device(), "float32", "for bfloat16 and float16, not float32"),
+        (device(kind="Tesla T4", capability="7.5"), "float16", "for NVIDIA GPUs, not Tesla T4"),
+        (device(kind="NVIDIA V100", capability="7.0"), "float16", "need compute capability 8"),
+        (device("tpu", "TPU v5e"), "bfloat16", "for NVIDIA GPUs, not TPU v5e"),
+        (device("gpu", "AMD Instinct MI300X"), "bfloat16", "not AMD Instinct MI300X"),
+    ],
+)
+def test_kernels_are_used_by_themselves_where_they_can_be_compiled(monkeypatch, there, dtype, why):
+    monkeypatch.setattr(jax, "devices", lambda: [there])
+    reason = kernels.why_not(dtype)
+    assert (why is None and reason is None) or why in reason
+    assert kernels.use("auto", dtype) == (why is None)
+    assert not kernels.use("reference", dtype)
+    assert kernels.use("pallas", dtype)
+
+
+def test_on_this_cpu_the_network_uses_none():
+    model = GPT(GPTConfig(**SIZES, dtype="bfloat16"))
+    tokens = jnp.zeros((1, 4), jnp.int32)
+    params = jax.eval_shape(model.init, jax.random.key(0), tokens)
+    assert "pallas" not in str(jax.make_jaxpr(lambda p: model.apply(p, tokens))(params))
+
+
+def test_an_unknown_kind_of_kernels_is_refused():
+    with pytest.raises(UserError, match=r"kernels='triton' is not one of auto\|reference\|pallas"):
+        GPTConfig(kernels="triton")
