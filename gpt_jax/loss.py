@@ -33,7 +33,12 @@ def cross_entropy(logits: Array, targets: Array) -> tuple[Array, Array]:
 
 
 def cross_entropy_of_projection(
-    x: Array, weight: Array, targets: Array, dtype: str, chunk: int = CHUNK, devices: int = 1,
+    x: Array,
+    weight: Array,
+    targets: Array,
+    dtype: str,
+    chunk: int = CHUNK,
+    devices: int = 1,
     backend: str = "reference",
 ) -> tuple[Array, Array]:
     """Return ``cross_entropy(project(x, weight), targets)`` with at most ``chunk`` logits alive.

@@ -19,7 +19,9 @@ def why_not(dtype: Any) -> str | None:
     if device.platform != "gpu" or "NVIDIA" not in device.device_kind:
         return f"they are for NVIDIA GPUs, not {device.device_kind}"
     if int(str(device.compute_capability).split(".")[0]) < 8:
-        return f"they need compute capability 8, {device.device_kind} has {device.compute_capability}"
+        return (
+            f"they need compute capability 8, {device.device_kind} has {device.compute_capability}"
+        )
     if jnp.dtype(dtype).itemsize != 2:
         return f"they are for bfloat16 and float16, not {jnp.dtype(dtype)}"
     return None
@@ -38,8 +40,12 @@ def launch(kernel: Any, *, warps: int, stages: int = 1, **arguments: Any) -> Any
     from jax.experimental.pallas import triton  # only here: JAX has begun to retire it
 
     parameters = triton.CompilerParams(num_warps=warps, num_stages=stages)
-    interpret = jax.default_backend() != "gpu"
-    return pl.pallas_call(kernel, compiler_params=parameters, interpret=interpret, **arguments)
+    return pl.pallas_call(kernel, compiler_params=parameters, interpret=no_gpu(), **arguments)
+
+
+def no_gpu() -> bool:
+    """Return whether what is traced now will run on something else than a GPU."""
+    return jax.default_backend() != "gpu"
 
 
 def power_of_2(n: int) -> int:

@@ -9,9 +9,10 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from gpt_jax.kernels import launch
+from gpt_jax.kernels import launch, power_of_2
 
-BLOCK, WARPS = 8192, 16  # logits that a program reads at once; few rows at a time stay in the L2
+BLOCK = 8192  # logits that a program reads at once
+PER_WARP = 512  # of them
 LOG2E = 1.4426950408889634
 
 
@@ -77,9 +78,10 @@ def losses_and_gradient(logits: Array, targets: Array) -> tuple[Array, Array]:
 
 
 def over_rows(logits: Array, targets: Array, gradient: bool) -> Any:
-    """Read each row once to sum up its exponentials, and again, from the cache, to replace it."""
+    """Read each row once to sum up its exponentials, and again to replace it by its gradient."""
     N, V = logits.shape
-    blocks = pl.cdiv(V, BLOCK)
+    block = min(BLOCK, power_of_2(V))
+    blocks = pl.cdiv(V, block)
 
     def kernel(logits_ref, targets_ref, loss_ref, *gradient_ref):
         row = pl.program_id(0)
@@ -89,7 +91,7 @@ def over_rows(logits: Array, targets: Array, gradient: bool) -> Any:
         picked = logits_ref[row, jnp.maximum(target, 0)].astype(jnp.float32)
 
         def load(i, policy):
-            column = i * BLOCK + jnp.arange(BLOCK)
+            column = i * block + jnp.arange(block)
             x = triton.load(
                 logits_ref.at[row, column],
                 mask=column < V,
@@ -121,7 +123,7 @@ def over_rows(logits: Array, targets: Array, gradient: bool) -> Any:
     shapes = [jax.ShapeDtypeStruct((N,), jnp.float32)]
     return launch(
         kernel,
-        warps=WARPS,
+        warps=max(1, block // PER_WARP),
         grid=N,
         out_shape=shapes + [jax.ShapeDtypeStruct((N, V), logits.dtype)] * gradient,
         input_output_aliases={0: 1} if gradient else {},

@@ -78,7 +78,14 @@ def forward(x: Array, y: Array | None, weight: Array, bias: Array | None, uses: 
     )(*(a for a in (*flat, weight, bias) if a is not None))
     total = x if y is None else out[0].reshape(x.shape)
     normed, mean, rstd = out[-3:]
-    return (total, *[normed.reshape(x.shape)] * uses), (total, mean, rstd, weight, bias, y is not None)
+    return (total, *[normed.reshape(x.shape)] * uses), (
+        total,
+        mean,
+        rstd,
+        weight,
+        bias,
+        y is not None,
+    )
 
 
 def backward(uses: int, kept: Any, gradients: Any) -> Any:

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 from typing import Any, NamedTuple
@@ -202,20 +202,12 @@ def as_if_there(target: Target) -> Iterator[None]:
                 stack.enter_context(mock.patch.object(cudnn, name, answer))
             stack.enter_context(mock.patch("gpt_jax.attention.cudnn_can", return_value=True))
             stack.enter_context(mock.patch("gpt_jax.kernels.why_not", return_value=None))
-            stack.enter_context(mock.patch("jax.default_backend", return_value="gpu"))
-            if info := triton_gpu():
-                stack.enter_context(mock.patch.dict(info.registry, cpu=lambda: HOPPER_INFO(info)))
+            stack.enter_context(mock.patch("gpt_jax.kernels.no_gpu", return_value=False))
+            with suppress(ImportError):  # of versions before 0.11, which took a Hopper for granted
+                from jax._src.pallas.triton import gpu_info
+
+                hopper = gpu_info.GpuInfo(gpu_version=None, arch_name="9.0", compute_capability=90)
+                stack.enter_context(mock.patch.dict(gpu_info.registry, cpu=lambda: hopper))
+        elif target.platform != "cuda":
+            stack.enter_context(mock.patch("gpt_jax.kernels.why_not", return_value="not a GPU"))
         yield
-
-
-def triton_gpu():
-    """Return JAX's table of GPUs, of versions from 0.11."""
-    try:
-        from jax._src.pallas.triton import gpu_info
-    except ImportError:
-        return None
-    return gpu_info
-
-
-def HOPPER_INFO(info):
-    return info.GpuInfo(gpu_version=None, arch_name="9.0", compute_capability=90)
