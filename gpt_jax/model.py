@@ -45,7 +45,7 @@ def new_cache(config: GPTConfig, batch: int) -> Cache:
 class Linear(nn.Module):
     """A product with a weight of shape ``inputs + outputs``, in ``config.dtype``, plus a bias.
 
-    ``split=True`` takes and returns a list, of a product for each entry of the weight's second axis:
+    ``split=True`` takes and returns a list: a product for each entry of the second axis:
     q, k and v then need no slices, and their gradients no concatenation.
     """
 
