@@ -18,6 +18,7 @@ from jax import Array
 from gpt_jax.attention import attention, cached_attention
 from gpt_jax.config import GPTConfig
 from gpt_jax.errors import UserError
+from gpt_jax.kernels import float8
 from gpt_jax.loss import cross_entropy_of_projection, project
 
 Params = dict[str, Any]
@@ -58,12 +59,14 @@ class Linear(nn.Module):
         bias = jnp.zeros(self.outputs, dtype)
         if self.config.bias:
             bias = self.param("bias", nn.initializers.zeros, self.outputs).astype(dtype)
+        in_8_bits = self.config.matmul_dtype == "float8" and not self.is_initializing()
         if self.split:
-            return [product(x, weight[:, i], bias[i], n) for i in range(self.outputs[0])]
-        return product(x, weight, bias, n)
+            parts = range(self.outputs[0])
+            return [product(x, weight[:, i], bias[i], n, in_8_bits) for i in parts]
+        return product(x, weight, bias, n, in_8_bits)
 
 
-def product(x: Array, weight: Array, bias: Array, n: int) -> Array:
+def product(x: Array, weight: Array, bias: Array, n: int, in_8_bits: bool = False) -> Array:
     """Return x (..., inputs) times weight (inputs, outputs), with ``n`` input axes, plus bias.
 
     As a product of two matrices: over more axes XLA's CPU backend transposes element by element.
@@ -71,8 +74,9 @@ def product(x: Array, weight: Array, bias: Array, n: int) -> Array:
     batch, outputs = x.shape[: x.ndim - n], weight.shape[n:]
     weight = weight.reshape(math.prod(weight.shape[:n]), -1)
     x = x.astype(weight.dtype).reshape(-1, weight.shape[0])
-    y = jnp.dot(x, weight, precision=precision(weight.dtype)) + bias.reshape(1, -1)
-    return y.reshape(*batch, *outputs)
+    exact = precision(weight.dtype)
+    y = float8.product(x, weight) if in_8_bits else jnp.dot(x, weight, precision=exact)
+    return (y + bias.reshape(1, -1)).reshape(*batch, *outputs)
 
 
 def precision(dtype: Any) -> jax.lax.Precision | None:
