@@ -53,30 +53,28 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Any:
-        dtype, n = self.config.dtype, len(self.inputs)
+        dtype = self.config.dtype
         shape = self.inputs + self.outputs
         weight = self.param("weight", nn.initializers.normal(self.std), shape).astype(dtype)
         bias = jnp.zeros(self.outputs, dtype)
         if self.config.bias:
             bias = self.param("bias", nn.initializers.zeros, self.outputs).astype(dtype)
+        weight = weight.reshape(math.prod(self.inputs), self.outputs[0] if self.split else 1, -1)
+        batch = x.shape[: x.ndim - len(self.inputs)]
+        # as products of two matrices: over more axes XLA's CPU backend transposes by the element
+        x = x.astype(dtype).reshape(-1, len(weight))
         in_8_bits = self.config.matmul_dtype == "float8" and not self.is_initializing()
-        if self.split:
-            parts = range(self.outputs[0])
-            return [product(x, weight[:, i], bias[i], n, in_8_bits) for i in parts]
-        return product(x, weight, bias, n, in_8_bits)
+        ys = (float8.products if in_8_bits else products)(x, weight)
+        outputs = self.outputs[1:] if self.split else self.outputs
+        bias = bias.reshape(len(ys), 1, -1)
+        ys = [(y + b).reshape(*batch, *outputs) for y, b in zip(ys, bias, strict=True)]
+        return ys if self.split else ys[0]
 
 
-def product(x: Array, weight: Array, bias: Array, n: int, in_8_bits: bool = False) -> Array:
-    """Return x (..., inputs) times weight (inputs, outputs), with ``n`` input axes, plus bias.
-
-    As a product of two matrices: over more axes XLA's CPU backend transposes element by element.
-    """
-    batch, outputs = x.shape[: x.ndim - n], weight.shape[n:]
-    weight = weight.reshape(math.prod(weight.shape[:n]), -1)
-    x = x.astype(weight.dtype).reshape(-1, weight.shape[0])
+def products(x: Array, weight: Array) -> list[Array]:
+    """Return x (M, K) times each weight[:, i] of (K, P, N)."""
     exact = precision(weight.dtype)
-    y = float8.product(x, weight) if in_8_bits else jnp.dot(x, weight, precision=exact)
-    return (y + bias.reshape(1, -1)).reshape(*batch, *outputs)
+    return [jnp.dot(x, weight[:, i], precision=exact) for i in range(weight.shape[1])]
 
 
 def precision(dtype: Any) -> jax.lax.Precision | None:
