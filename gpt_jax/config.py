@@ -13,7 +13,6 @@ LIMITS = {"at_least": ge, "above": gt, "at_most": le, "below": lt}
 LARGEST = {int: 2**31 - 1, float: 1e300}  # JAX counts in int32; nan and inf are not sizes
 DEVICES = "auto|cpu|gpu|cuda|cuda:N|tpu"
 DTYPES = "auto|float32|bfloat16|float16"
-PRODUCTS = "auto|float8"
 T = TypeVar("T", bound="Checked")
 
 
@@ -71,7 +70,7 @@ class GPTConfig(Checked):
     bias: bool = key(True, "biases in the linear layers and LayerNorms")
     activation: str = key("gelu", "exact as nanoGPT, or OpenAI's tanh", choices="gelu|gelu_tanh")
     dtype: str = key("float32", "of matrix products", choices="float32|bfloat16|float16")
-    matmul_dtype: str = key("auto", "of the layers' products; auto: dtype", choices=PRODUCTS)
+    matmul_dtype: str = key("auto", "of the layers' products; auto: dtype", choices="auto|float8")
     attention: str = key("auto", "attention kernel", choices="auto|reference|xla|cudnn")
     remat: str = key("none", "recomputed in the backward pass", choices="none|dots|full")
     scan_layers: bool = key(False, "True: one rolled loop compiles faster; False: trains faster")
@@ -145,7 +144,7 @@ class TrainConfig(Hardware):
     min_lr: float = key(6e-5, "lowest learning rate: about a tenth of the highest", at_least=0)
     backend: str = key("nccl", "accepted; JAX picks the transport itself", "Speed and seed")
     seed: int = key(1337, "of weights, batches and dropout", at_least=0, at_most=2**32 - 1)
-    matmul_dtype: str = key("auto", "of the layers' products; auto: dtype", choices=PRODUCTS)
+    matmul_dtype: str = key("auto", "of the layers' products; auto: dtype", choices="auto|float8")
     attention: str = key("auto", "attention kernel", choices="auto|reference|xla|cudnn")
     remat: str = key("none", "recomputed in the backward pass", choices="none|dots|full")
     scan_layers: bool = key(False, "True: one rolled loop compiles faster; False: trains faster")

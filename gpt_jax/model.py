@@ -41,45 +41,39 @@ def new_cache(config: GPTConfig, batch: int) -> Cache:
 class Linear(nn.Module):
     """A product with a weight of shape ``inputs + outputs``, in ``config.dtype``, plus a bias.
 
-    ``split=True`` makes one product for each entry of the weight's second axis, and returns a list:
-    q, k and v then need no slices, and their gradients no concatenation.
+    ``parts`` other than 1 is the length of the weight's second axis: each entry has its own product
+    in the list that is returned. q, k and v then need no slices, their gradients no concatenation.
     """
 
     config: GPTConfig
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     std: float = 0.02
-    split: bool = False
+    parts: int = 1
 
     @nn.compact
     def __call__(self, x: Array) -> Any:
-        dtype = self.config.dtype
-        shape = self.inputs + self.outputs
-        weight = self.param("weight", nn.initializers.normal(self.std), shape).astype(dtype)
-        bias = jnp.zeros(self.outputs, dtype)
-        if self.config.bias:
-            bias = self.param("bias", nn.initializers.zeros, self.outputs).astype(dtype)
-        weight = weight.reshape(math.prod(self.inputs), self.outputs[0] if self.split else 1, -1)
-        batch = x.shape[: x.ndim - len(self.inputs)]
+        c = self.config
+        weight = self.param("weight", nn.initializers.normal(self.std), self.inputs + self.outputs)
+        weight = weight.astype(c.dtype).reshape(math.prod(self.inputs), self.parts, -1)
         # as products of two matrices: over more axes XLA's CPU backend transposes by the element
-        x = x.astype(dtype).reshape(-1, len(weight))
-        in_8_bits = self.config.matmul_dtype == "float8" and not self.is_initializing()
-        ys = (float8.products if in_8_bits else products)(x, weight)
-        outputs = self.outputs[1:] if self.split else self.outputs
-        bias = bias.reshape(len(ys), 1, -1)
-        ys = [(y + b).reshape(*batch, *outputs) for y, b in zip(ys, bias, strict=True)]
-        return ys if self.split else ys[0]
+        in_8_bits = c.matmul_dtype == "float8" and not self.is_initializing()
+        multiply = float8.products if in_8_bits else products
+        ys = multiply(x.astype(c.dtype).reshape(-1, len(weight)), weight)
+        if c.bias:
+            bias = self.param("bias", nn.initializers.zeros, self.outputs).astype(c.dtype)
+            ys = [y + b for y, b in zip(ys, bias.reshape(len(ys), 1, -1), strict=True)]
+        shape = *x.shape[: x.ndim - len(self.inputs)], *self.outputs[self.parts > 1 :]
+        return [y.reshape(shape) for y in ys] if self.parts > 1 else ys[0].reshape(shape)
 
 
 def products(x: Array, weight: Array) -> list[Array]:
-    """Return x (M, K) times each weight[:, i] of (K, P, N)."""
-    exact = precision(weight.dtype)
+    """Return x (M, K) times each weight[:, i] of (K, P, N).
+
+    float32 means it, on TPUs and Hopper too.
+    """
+    exact = jax.lax.Precision.HIGHEST if weight.dtype == jnp.float32 else None
     return [jnp.dot(x, weight[:, i], precision=exact) for i in range(weight.shape[1])]
-
-
-def precision(dtype: Any) -> jax.lax.Precision | None:
-    """Return the precision to ask of a product: float32 means it, on TPUs and Hopper too."""
-    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
 
 
 def gelu(x: Array, approximate: bool) -> Array:
@@ -134,7 +128,7 @@ class CausalSelfAttention(nn.Module):
         c = self.config
         heads = (c.n_head, c.n_embd // c.n_head)
         # (C, 3, H, D) keeps q, k and v of a head together, so that heads can be sharded
-        q, k, v = Linear(c, (c.n_embd,), (3, *heads), split=True, name="c_attn")(x)  # (B, T, H, D)
+        q, k, v = Linear(c, (c.n_embd,), (3, *heads), parts=3, name="c_attn")(x)  # (B, T, H, D)
         rate = 0.0 if deterministic else c.dropout
         if cache is not None:
             rows = jnp.arange(x.shape[0])[:, None]

@@ -1,7 +1,7 @@
 """Products of 8-bit floats, forward and backward: twice as fast as bfloat16's on Hopper and later.
 
-Micikevicius et al. 2022, "FP8 Formats for Deep Learning": operands in e4m3 (three bits of mantissa),
-gradients in e5m2 (two, and a wider range), sums in float32. Each tensor is multiplied by a power of
+Operands are e4m3 (three bits of mantissa), gradients e5m2 (two, and a wider range), sums float32:
+Micikevicius et al. 2022, "FP8 Formats for Deep Learning". Each tensor is multiplied by a power of
 two that brings it into the range, and its product by the inverse: exact, in bfloat16 too, so that
 only the operands are rounded. Nothing is remembered from step to step.
 """
@@ -28,8 +28,8 @@ class Scaling(NamedTuple):
     stride: int  # every so many rows are looked at
 
 
-# Weights are looked at whole. Of tokens every 7th is, since a pass over a (16384, 6400) tensor costs
-# 3 % of its product; 7 divides no usual length, so that all positions have their turn. What is not
+# Weights are looked at whole. Of tokens every 7th is: a pass over a (16384, 6400) tensor costs 3 %
+# of its product, and 7 divides no usual length, so that all positions have their turn. What is not
 # seen may be 7 times as large as what is (of a gradient 800 times), and is cut beyond.
 WEIGHT = Scaling(E4M3, 8, 1)
 INPUT = Scaling(E4M3, 6, 7)
@@ -107,6 +107,14 @@ def backward(kept: tuple, dys: list[Array]) -> tuple[Array, Array]:
 
 
 products.defvjp(forward, backward)
+
+
+def options(matmul_dtype: str) -> dict[str, Any] | None:
+    """Return what XLA is to be told by a program with these products: jit's compiler_options.
+
+    Its Triton would take the transposes into products of its own, which cannot read them so.
+    """
+    return {"xla_gpu_enable_triton_gemm": False} if matmul_dtype == "float8" else None
 
 
 def check(x: Array, weight: Array) -> None:
