@@ -214,6 +214,7 @@ def test_a_default_network_is_nanogpts():
         "gelu",
         "float32",
         "auto",
+        "auto",
         "none",
         False,
         0,

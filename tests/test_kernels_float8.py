@@ -165,9 +165,11 @@ def test_twenty_updates_bring_the_loss_down_on_any_mesh(sizes):
     state = init_state(params, tx := make_optimizer(config))
     state = jax.device_put(state, state_sharding(mesh, state))
     step = make_train_step(model, tx, mesh)
-    batch = [jax.device_put(a[None], batch_sharding(mesh, 3)) for a in (tokens, tokens)]
+    batch = [
+        jax.device_put(a[None], batch_sharding(mesh, 3)) for a in (tokens, jnp.roll(tokens, -1, 1))
+    ]
     losses = [float(step_metrics["loss"]) for state, step_metrics in updates(step, state, batch)]
-    assert losses[0] == pytest.approx(5.08, abs=0.05)
+    assert losses[0] == pytest.approx(float(loss_and_gradient()[0]), abs=2e-3)
     assert losses[-1] < 0.75 * losses[0]
 
 
@@ -259,8 +261,9 @@ with as_if_there(target):
     text = traced.lower(lowering_platforms=("cuda",)).compile().as_text()
 kinds = re.findall(r'custom_call_target="__cublas\\$lt\\$matmul(\\$f8)?"', text)
 print(kinds.count("$f8"), kinds.count(""), text.count("triton_nested_gemm"))
-both = re.findall(r"= \\(f8\\w+\\[(\\d+),(\\d+)\\]\\S*, f8\\w+\\[(\\d+),(\\d+)\\]\\S*\\) fusion", text)
-print(sum(16384 in map(int, sizes) for sizes in both))
+f8 = r"f8\\w+\\[(\\d+),(\\d+)\\]\\S*"
+both = re.findall(rf"= \\({f8}, {f8}\\) fusion", text)
+print(sum("16384" in sizes for sizes in both))
 """
 
 
