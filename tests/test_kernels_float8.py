@@ -157,9 +157,9 @@ def test_parameters_start_the_same():
     jax.tree.map(np.testing.assert_array_equal, params, params8)
 
 
-@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 2, 2)], ids=str)
+@pytest.mark.parametrize("sizes", [(2, 1, 1), (1, 2, 2)], ids=str)
 def test_twenty_updates_bring_the_loss_down_on_any_mesh(sizes):
-    model, params, tokens = network(matmul_dtype="float8")
+    model, params, tokens = network(matmul_dtype="float8", n_layer=1)
     config = TrainConfig(learning_rate=3e-3, warmup_iters=0, decay_lr=False)
     mesh = make_mesh("auto", *sizes, devices=jax.devices()[: int(np.prod(sizes))])
     state = init_state(params, tx := make_optimizer(config))
@@ -169,7 +169,7 @@ def test_twenty_updates_bring_the_loss_down_on_any_mesh(sizes):
         jax.device_put(a[None], batch_sharding(mesh, 3)) for a in (tokens, jnp.roll(tokens, -1, 1))
     ]
     losses = [float(step_metrics["loss"]) for state, step_metrics in updates(step, state, batch)]
-    assert losses[0] == pytest.approx(float(loss_and_gradient()[0]), abs=2e-3)
+    assert losses[0] == pytest.approx(float(loss_and_gradient(n_layer=1)[0]), abs=2e-3)
     assert losses[-1] < 0.75 * losses[0]
 
 
@@ -194,8 +194,12 @@ def test_a_run_trains_in_8_bits_and_its_network_writes_in_the_dtype_of_the_rest(
     assert train.main() == 0
     assert "a sample" in capsys.readouterr().out
     assert load("out")[0].config.matmul_dtype == "auto"
-    monkeypatch.setattr(sys, "argv", ["train.py", *flags, "--init_from=resume", "--max_iters=6"])
-    assert train.main() == 0
+
+
+def test_a_run_that_goes_on_goes_on_in_8_bits_or_in_the_dtype_that_it_now_asks_for():
+    for matmul_dtype in ("float8", "auto"):
+        continued = TrainConfig(matmul_dtype=matmul_dtype).continued(GPTConfig())
+        assert continued.matmul_dtype == matmul_dtype
 
 
 @pytest.mark.parametrize(
