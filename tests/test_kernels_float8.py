@@ -80,6 +80,18 @@ def test_a_power_of_two_comes_out_as_it_went_in_however_large_or_small(powers):
         assert np.abs(np.asarray(found, np.float32)).max() > 0
 
 
+@pytest.mark.parametrize("how", [float8.WEIGHT, float8.INPUT, float8.GRADIENT], ids=str)
+def test_the_largest_seen_comes_to_lie_below_a_power_of_two_times_a_power_of_two(how):
+    x = operands()[0] * 0.37
+    x8 = float8.scaled([x], how)
+    assert jnp.frexp(x8.unit)[0] == 0.5
+    assert x8.rows.dtype == how.dtype
+    np.testing.assert_array_equal(x8.columns, x8.rows.T)
+    largest = jnp.abs(x8.rows.astype(jnp.float32)[:: how.stride]).max()
+    assert 2.0 ** (how.top - 1) <= largest <= 2.0**how.top
+    np.testing.assert_allclose(x8.rows.astype(jnp.float32) * x8.unit, x, rtol=0.13, atol=0.01)
+
+
 def test_zeros_give_zeros():
     zeros = jax.tree.map(jnp.zeros_like, operands())
     for found in (*all_three(*zeros), *all_three(*operands()[:2], zeros[2])[1:]):
