@@ -70,6 +70,7 @@ class GPTConfig(Checked):
     bias: bool = key(True, "biases in the linear layers and LayerNorms")
     activation: str = key("gelu", "exact as nanoGPT, or OpenAI's tanh", choices="gelu|gelu_tanh")
     dtype: str = key("float32", "of matrix products", choices="float32|bfloat16|float16")
+    matmul_dtype: str = key("auto", "of the layers' products; auto: dtype", choices="auto|float8")
     attention: str = key("auto", "attention kernel", choices="auto|reference|xla|cudnn")
     kernels: str = key("auto", "of LayerNorm and the loss", choices="auto|reference|pallas")
     remat: str = key("none", "recomputed in the backward pass", choices="none|dots|full")
@@ -144,6 +145,7 @@ class TrainConfig(Hardware):
     min_lr: float = key(6e-5, "lowest learning rate: about a tenth of the highest", at_least=0)
     backend: str = key("nccl", "accepted; JAX picks the transport itself", "Speed and seed")
     seed: int = key(1337, "of weights, batches and dropout", at_least=0, at_most=2**32 - 1)
+    matmul_dtype: str = key("auto", "of the layers' products; auto: dtype", choices="auto|float8")
     attention: str = key("auto", "attention kernel", choices="auto|reference|xla|cudnn")
     kernels: str = key("auto", "of LayerNorm and the loss", choices="auto|reference|pallas")
     remat: str = key("none", "recomputed in the backward pass", choices="none|dots|full")
@@ -163,7 +165,7 @@ class TrainConfig(Hardware):
 
     def continued(self, model: GPTConfig) -> GPTConfig:
         """Return a trained network's config, as this run goes on training it."""
-        ours = ("block_size", "dropout", "attention", "kernels", "remat", "scan_layers")
+        ours = "block_size dropout matmul_dtype attention kernels remat scan_layers".split()
         return replace(model, **{name: getattr(self, name) for name in ours})
 
 

@@ -19,6 +19,7 @@ from gpt_jax import kernels
 from gpt_jax.attention import attention, cached_attention
 from gpt_jax.config import GPTConfig
 from gpt_jax.errors import UserError
+from gpt_jax.kernels import float8
 from gpt_jax.kernels.gelu import gelu as fused_gelu
 from gpt_jax.kernels.layer_norm import add_layer_norm
 from gpt_jax.loss import cross_entropy_of_projection, project
@@ -45,44 +46,43 @@ def new_cache(config: GPTConfig, batch: int) -> Cache:
 class Linear(nn.Module):
     """A product with a weight of shape ``inputs + outputs``, in ``config.dtype``, plus a bias.
 
-    ``split=True`` takes and returns a list: a product for each entry of the second axis:
-    q, k and v then need no slices, and their gradients no concatenation.
+    ``parts`` other than 1 is the length of the weight's second axis: each entry has its own product
+    in the list that is returned. q, k and v then need no slices, their gradients no concatenation.
+    x is the input of all products, or a list of one for each.
     """
 
     config: GPTConfig
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     std: float = 0.02
-    split: bool = False
+    parts: int = 1
 
     @nn.compact
     def __call__(self, x: Any) -> Any:
-        dtype, n = self.config.dtype, len(self.inputs)
-        shape = self.inputs + self.outputs
-        weight = self.param("weight", nn.initializers.normal(self.std), shape).astype(dtype)
-        bias = jnp.zeros(self.outputs, dtype)
-        if self.config.bias:
-            bias = self.param("bias", nn.initializers.zeros, self.outputs).astype(dtype)
-        if self.split:
-            return [product(x, weight[:, i], bias[i], n) for i, x in enumerate(x)]
-        return product(x, weight, bias, n)
+        c = self.config
+        xs = x if isinstance(x, list) else [x]
+        batch = xs[0].shape[: xs[0].ndim - len(self.inputs)]
+        weight = self.param("weight", nn.initializers.normal(self.std), self.inputs + self.outputs)
+        weight = weight.astype(c.dtype).reshape(math.prod(self.inputs), self.parts, -1)
+        # as products of two matrices: over more axes XLA's CPU backend transposes by the element
+        xs = [x.astype(c.dtype).reshape(-1, len(weight)) for x in xs]
+        in_8_bits = c.matmul_dtype == "float8" and not self.is_initializing()
+        ys = float8.products(xs[0], weight) if in_8_bits else products(xs, weight)
+        if c.bias:
+            bias = self.param("bias", nn.initializers.zeros, self.outputs).astype(c.dtype)
+            ys = [y + b for y, b in zip(ys, bias.reshape(len(ys), 1, -1), strict=True)]
+        shape = *batch, *self.outputs[self.parts > 1 :]
+        return [y.reshape(shape) for y in ys] if self.parts > 1 else ys[0].reshape(shape)
 
 
-def product(x: Array, weight: Array, bias: Array, n: int) -> Array:
-    """Return x (..., inputs) times weight (inputs, outputs), with ``n`` input axes, plus bias.
+def products(xs: list[Array], weight: Array) -> list[Array]:
+    """Return x (M, K), of one or of P, times each weight[:, i] of (K, P, N).
 
-    As a product of two matrices: over more axes XLA's CPU backend transposes element by element.
+    float32 means it, on TPUs and Hopper too.
     """
-    batch, outputs = x.shape[: x.ndim - n], weight.shape[n:]
-    weight = weight.reshape(math.prod(weight.shape[:n]), -1)
-    x = x.astype(weight.dtype).reshape(-1, weight.shape[0])
-    y = jnp.dot(x, weight, precision=precision(weight.dtype)) + bias.reshape(1, -1)
-    return y.reshape(*batch, *outputs)
-
-
-def precision(dtype: Any) -> jax.lax.Precision | None:
-    """Return the precision to ask of a product: float32 means it, on TPUs and Hopper too."""
-    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
+    exact = jax.lax.Precision.HIGHEST if weight.dtype == jnp.float32 else None
+    xs = xs * (weight.shape[1] // len(xs))
+    return [jnp.dot(x, weight[:, i], precision=exact) for i, x in enumerate(xs)]
 
 
 def gelu(x: Array, approximate: bool) -> Array:
@@ -147,7 +147,7 @@ class CausalSelfAttention(nn.Module):
         c = self.config
         heads = (c.n_head, c.n_embd // c.n_head)
         # (C, 3, H, D) keeps q, k and v of a head together, so that heads can be sharded
-        q, k, v = Linear(c, (c.n_embd,), (3, *heads), split=True, name="c_attn")(x)  # (B, T, H, D)
+        q, k, v = Linear(c, (c.n_embd,), (3, *heads), parts=3, name="c_attn")(x)  # (B, T, H, D)
         rate = 0.0 if deterministic else c.dropout
         if cache is not None:
             rows = jnp.arange(len(q))[:, None]
@@ -185,7 +185,8 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x: Array, cache: Cache | None, positions: Array, deterministic: bool):
         c = self.config
-        x, *normed = LayerNorm(c, uses=3, name="ln_1")(x)
+        uses = 3 if c.matmul_dtype == "auto" else 1  # q, k and v; in 8 bits they are one product
+        x, *normed = LayerNorm(c, uses, name="ln_1")(x)
         y, cache = CausalSelfAttention(c, name="attn")(normed, positions, cache, deterministic)
         x, normed = LayerNorm(c, name="ln_2")(x, y)
         return x + MLP(c, name="mlp")(normed, deterministic), cache

@@ -66,8 +66,8 @@ def load_run(
 def model_config(meta: dict[str, Any], dtype: str, tokenizer: Tokenizer) -> GPTConfig:
     """Return the config of a checkpoint's model, to compute in ``dtype``."""
     try:
-        ours = {"dtype": product_dtype(dtype), "n_tokens": tokenizer.n_tokens}
-        return GPTConfig(**{**meta["model"], **ours})
+        ours = {"dtype": product_dtype(dtype), "matmul_dtype": "auto"}
+        return GPTConfig(**{**meta["model"], **ours, "n_tokens": tokenizer.n_tokens})
     except TypeError as error:
         raise UserError(f"the checkpoint's model is of another version: {error}") from None
 

@@ -11,6 +11,7 @@ from flax import struct
 from jax import Array
 from jax.sharding import Mesh
 
+from gpt_jax.kernels import float8
 from gpt_jax.model import GPT
 from gpt_jax.sharding import reduced_once, state_sharding, total_loss
 
@@ -70,7 +71,7 @@ def make_train_step(
     half = model.config.dtype == "float16"
     deterministic = model.config.dropout == 0
 
-    @partial(jax.jit, donate_argnums=0)
+    @partial(jax.jit, donate_argnums=0, compiler_options=float8.options(model.config.matmul_dtype))
     def train_step(state: TrainState, tokens: Array, targets: Array):
         scale = state.loss_scale if half else jnp.float32(1)
         step_key = jax.random.fold_in(state.key, state.step)

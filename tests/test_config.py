@@ -86,6 +86,7 @@ OURS = {
     "activation": "gelu",
     "attention": "auto",
     "remat": "none",
+    "matmul_dtype": "auto",
     "scan_layers": False,
     "peak_flops": 0.0,
     "data": -1,
@@ -213,6 +214,7 @@ def test_a_default_network_is_nanogpts():
         "gelu",
         "float32",
         "auto",
+        "auto",
         "none",
         False,
         0,
@@ -271,12 +273,13 @@ def test_model_config_takes_over_every_key_of_the_network():
         dropout=0.1,
         bias=True,
         activation="gelu_tanh",
+        matmul_dtype="float8",
         attention="xla",
         remat="dots",
         scan_layers=True,
     )
     assert config.model_config(65, "bfloat16", 60) == GPTConfig(
-        64, 65, 3, 2, 10, 0.1, True, "gelu_tanh", "bfloat16", "xla", "dots", True, 60
+        64, 65, 3, 2, 10, 0.1, True, "gelu_tanh", "bfloat16", "float8", "xla", "dots", True, 60
     )
 
 

@@ -95,12 +95,15 @@ def test_lines_of_code_count_no_blank_lines_comments_or_docstrings(tmp_path):
     assert lines_of_code(path) == 5
 
 
-def test_core_modules_import_no_edge_but_interop_and_integrity():
+def test_core_modules_import_no_edge_but_interop_integrity_and_kernels():
     found = {(name, edge) for name, path in CORE.items() for edge in ours(tree(path).body) & EDGES}
     # integrity knows of no other module: to the core it is a library
     integrity = {("checkpoint", "integrity"), ("pretrained", "integrity")}
-    assert found == {("pretrained", "interop")} | integrity
-    assert ours(tree(PACKAGE / "integrity" / "__init__.py").body) == {"errors"}
+    # and so are the kernels
+    kernels = {(name, "kernels") for name in ("loss", "model", "train_step")}
+    assert found == {("pretrained", "interop")} | integrity | kernels
+    for path in [PACKAGE / "integrity" / "__init__.py", *(PACKAGE / "kernels").glob("*.py")]:
+        assert ours(tree(path).body) <= {"errors", "kernels"}, path
 
 
 def test_inside_functions_the_core_imports_an_edge_once_to_parse_a_command_line():

@@ -75,6 +75,7 @@ gpu_device_info {{
   clock_rate_ghz: 1.98
   memory_bandwidth: {bandwidth:.0f}
   device_memory_size: {memory:.0f}
+  runtime_version: "13.0.0"
 }}
 platform_name: "CUDA"
 dnn_version_info {{ major: 9 minor: 10 patch: 0 }}

@@ -1,5 +1,6 @@
 """The last lines of a run."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ def summary(
     if config.sample_tokens:
         key = jax.random.key(config.seed)
         ids = generate(
-            model,
+            GPT(replace(model.config, matmul_dtype="auto")),  # float8 is for training
             params,
             tokenizer.encode(start),
             key=key,
