@@ -8,7 +8,7 @@ from gpt_jax.bench.config import (
     BesideBench,
     CompileBench,
     DecodeBench,
-    StepBench,
+    LoaderBench,
     TrainBench,
     configured,
 )
@@ -21,7 +21,7 @@ from gpt_jax.commandline.files import suggest
 from gpt_jax.errors import UserError, exit_code
 from gpt_jax.runtime import use_platform
 
-VERBS = {"train": TrainBench, "decode": DecodeBench, "loader": StepBench, "compile": CompileBench}
+VERBS = {"train": TrainBench, "decode": DecodeBench, "loader": LoaderBench, "compile": CompileBench}
 HELP = "\n".join(
     [
         "usage: python -m gpt_jax.bench VERB [CONFIG ...] [--key=value ...]",

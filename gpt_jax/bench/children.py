@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from typing import Any
 
 from gpt_jax.errors import RunError, UserError
@@ -39,13 +40,19 @@ def output(
 
 def end(child: Any) -> None:
     """Kill a process that has not ended, and what it has started."""
-    try:
-        os.killpg(child.pid, signal.SIGKILL)  # those that torch.compile started outlive it
-    except (ProcessLookupError, PermissionError):
-        pass  # all have ended
+    kill(child)
     child.wait()
     for pipe in (child.stdin, child.stdout, child.stderr):
         pipe.close()
+
+
+def kill(child: Any) -> None:
+    """Kill a process group: what torch.compile has started would outlive its process."""
+    if sys.platform == "win32":
+        child.kill()
+        return
+    with suppress(ProcessLookupError, PermissionError):  # all have ended
+        os.killpg(child.pid, signal.SIGKILL)
 
 
 def own(verb: str, argv: list[str]) -> list[str]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import gpt_jax
-from gpt_jax.bench.children import end, output, own
+from gpt_jax.bench.children import end, kill, output, own
 from gpt_jax.bench.config import CompileBench
 from gpt_jax.bench.report import say
 from gpt_jax.errors import RunError, UserError
@@ -46,7 +46,7 @@ def start_up(config: CompileBench, argv: list[str]) -> list[dict[str, Any]]:
         made_up(config, folder / "data" / "made_up")
         for kind in ("cold", "warm"):
             say(f"train.py to its first iteration, {kind} ...")
-            found[f"first_iteration_{kind}_seconds"] = first_iteration(config, folder)
+            found[f"first_iteration_{kind}_seconds"] = first_iteration(config, folder, kind)
     names = ("model", "batch_size", "n_layer", "n_head", "n_embd", "block_size", "vocab_size",
              "dropout", "dtype", "attention", "remat", "scan_layers", "platform", "device",
              "n_devices", "jax", "date")  # fmt: skip
@@ -82,7 +82,7 @@ def made_up(config: CompileBench, folder: Path) -> None:
         ids.astype("<u2").tofile(folder / f"{name}.bin")
 
 
-def first_iteration(config: CompileBench, folder: Path) -> float:
+def first_iteration(config: CompileBench, folder: Path, kind: str) -> float:
     """Return the seconds from the start of train.py to the line of its first iteration."""
     names = ("n_layer", "n_head", "n_embd", "block_size", "batch_size", "dropout", "bias", "dtype",
              "device", "remat", "scan_layers", "attention", "gradient_accumulation_steps", "data",
@@ -91,7 +91,7 @@ def first_iteration(config: CompileBench, folder: Path) -> float:
     (folder / "run.py").touch()  # a config of nothing but defaults
     command = [
         sys.executable, str(SCRIPT), str(folder / "run.py"), *flags, "--dataset=made_up",
-        f"--data_dir={folder / 'data'}", f"--out_dir={folder / 'out'}", "--max_iters=1",
+        f"--data_dir={folder / 'data'}", f"--out_dir={folder / kind}", "--max_iters=1",
         "--eval_iters=1", "--log_interval=1",
     ]  # fmt: skip
     environment = {**os.environ, **cache(folder / "run"), "PYTHONUNBUFFERED": "1"}
@@ -100,7 +100,7 @@ def first_iteration(config: CompileBench, folder: Path) -> float:
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env=environment, start_new_session=True,
     )  # fmt: skip
-    late = threading.Timer(config.timeout, lambda: os.killpg(child.pid, signal.SIGKILL))
+    late = threading.Timer(config.timeout, kill, [child])
     late.start()
     try:
         assert child.stdout
@@ -108,6 +108,8 @@ def first_iteration(config: CompileBench, folder: Path) -> float:
             if line.startswith("iter 0:"):
                 return time.perf_counter() - began
         _, err = child.communicate()
+        if child.returncode == -signal.SIGKILL:
+            raise RunError(f"train.py took more than --timeout={config.timeout} seconds")
         last = (err.strip().splitlines() or ["it ended before its first iteration"])[-1]
         raise RunError(f"train.py: {last.removeprefix('error: ')[:300]}")
     finally:

@@ -30,17 +30,16 @@ class BenchConfig(TrainConfig):
     """Measure speed; of a training run's keys those count that its step knows."""
 
     preset = ""
-    model: str = key("", "'': a config file's network, or 124M", "Bench", choices="|".join(
-        ["", *MODELS]))  # fmt: skip
+    model: str = key("", "'': the config's, or 124M", "Bench", choices="|".join(["", *MODELS]))
     vocab_size: int = key(GPT2_VOCAB_SIZE, "rows of the embedding", at_least=1)
     repeats: int = key(3, "measurements, of which the median is told", at_least=1)
     json: str = key("", "file to add the JSON lines to; '': they are printed")
     timeout: int = key(1800, "seconds that a process of its own may take", at_least=1)
-    gradient_accumulation_steps: int = key(1, "micro-batches of a step", "Data", at_least=1)
+    gradient_accumulation_steps: int = key(1, "micro-batches of a step", at_least=1)
 
 
 @dataclass(frozen=True)
-class StepBench(BenchConfig):
+class LoaderBench(BenchConfig):
     """Measure the step time with the real loader against that on one batch that stays put."""
 
     command = "python -m gpt_jax.bench loader"
@@ -51,7 +50,7 @@ class StepBench(BenchConfig):
 class BesideBench(BenchConfig):
     """Measure a thing alone, or in turns with a nanoGPT checkout."""
 
-    profile: str = key("", "folder for a trace, whose kernels are listed; '': none", "Bench")
+    profile: str = key("", "folder for a trace, whose kernels are listed; '': none")
     nanogpt: str = key("", "nanoGPT checkout to measure in turns with ours; '': none", "nanoGPT")
     nanogpt_python: str = key("", "interpreter that has torch; '': this one")
     nanogpt_batch_size: int = key(0, "its rows; 0: as many as ours", at_least=0)
@@ -76,8 +75,8 @@ class DecodeBench(BesideBench):
     """Measure text generation: generate() from prompts of random tokens."""
 
     command = "python -m gpt_jax.bench decode"
-    batch_size: int = key(1, "texts written together", "Text", at_least=1)
-    prompt_tokens: int = key(1, "tokens of a prompt", at_least=1)
+    batch_size: int = key(1, "texts written together", at_least=1)
+    prompt_tokens: int = key(1, "tokens of a prompt", "Text", at_least=1)
     max_new_tokens: int = key(512, "tokens of a text", at_least=1)
     temperature: float = key(0.8, "0: always the likeliest", at_least=0)
     top_k: int = key(200, "draw from the k likeliest; 0: all", at_least=0)
@@ -101,7 +100,8 @@ def configured(argv: list[str], kind: type[T]) -> T:
     if kind is DecodeBench:
         sizes.pop("batch_size", None)
     first = [f"--{key}={value}" for key, value in sizes.items()]
-    config = parse([*first, f"--model={name}", *argv], kind)
+    named = [f"--model={name}"] if name else []
+    config = parse([*first, *named, *argv], kind)
     if config.model != name:
         raise UserError(f"model={config.model!r} in a config file: name it on the command line")
     return config

@@ -64,7 +64,9 @@ def inside(line: Instruction) -> list[str]:
     """Return the computations that an instruction does within its own kernels."""
     if line.operation in ("while", "call", "conditional"):
         return []
-    return [name for called in CALLED.findall(line.rest) for name in re.findall(r"[\w.\-]+", called)]
+    return [
+        name for called in CALLED.findall(line.rest) for name in re.findall(r"[\w.\-]+", called)
+    ]
 
 
 def kind(line: Instruction) -> str:
@@ -131,9 +133,9 @@ def writes(body: list[Instruction]) -> int:
     total = 0
     for line in results:
         while line.operation in SAME and operands(line)[0] in lines:
-            line = lines[operands(line)[0]]  # noqa: PLW2901
+            line = lines[operands(line)[0]]
         if line.operation == "dynamic-update-slice":
-            line = lines[operands(line)[1]]  # noqa: PLW2901
+            line = lines[operands(line)[1]]
         total += nbytes(line.shape)
     return total
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from gpt_jax.bench.config import StepBench
+from gpt_jax.bench.config import LoaderBench
 from gpt_jax.bench.measure import (
     WARMUP,
     about,
@@ -28,7 +28,7 @@ from gpt_jax.sharding import batch_sharding
 N_TOKENS = 2**26  # of the made-up file: 128 MiB, and never the same window twice in a bench
 
 
-def loader(config: StepBench) -> list[dict[str, Any]]:
+def loader(config: LoaderBench) -> list[dict[str, Any]]:
     """Return a record of the step on a resident batch, and one of it behind the loader."""
     t = training(config)
     state = t.state
@@ -37,7 +37,7 @@ def loader(config: StepBench) -> list[dict[str, Any]]:
         path = Path(folder) / "train.bin"
         random_split(config, max(N_TOKENS, 2 * config.block_size)).tokens.astype(dtype).tofile(path)
         split = open_split(path.parent, "train", config.vocab_size, dtype, config.block_size)
-        loaded = batches(split, t.shape, config.seed, 0, batch_sharding(t.mesh, 3))
+        loaded: Any = batches(split, t.shape, config.seed, 0, batch_sharding(t.mesh, 3))
         sources = {"resident": itertools.repeat(t.batch), "loader": loaded}
         seconds: dict[str, list[float]] = {name: [] for name in sources}
         for source in sources.values():
@@ -55,7 +55,7 @@ def loader(config: StepBench) -> list[dict[str, Any]]:
         shared
         | {"batches": name, **spread(seconds[name]), **rate(config, t, median)}
         | {"slower_percent": 100 * (median / resident - 1)}
-        | {"compile_seconds": t.compile_seconds}
+        | {"compile_seconds": t.compile_seconds, "compile_cached": t.cached}
         for name, median in (("resident", resident), ("loader", real))
     ]
 

@@ -27,7 +27,7 @@ from gpt_jax.reporting.peak import peak_flops
 from gpt_jax.sharding import batch_sharding, make_mesh, micro_batches, state_sharding
 from gpt_jax.train_step import TrainState, init_state, make_train_step
 
-WARMUP = 3  # steps before the first measurement: clocks rise, allocations settle
+WARMUP = 5  # steps before the first measurement: clocks rise, allocations settle
 
 
 class Training(NamedTuple):
@@ -41,6 +41,7 @@ class Training(NamedTuple):
     batch: tuple[jax.Array, jax.Array]  # one that stays on the devices
     compiled: Any
     compile_seconds: float  # trace, lowering and compilation
+    cached: bool  # whether the program came from JAX's persistent cache
 
 
 def training(config: BenchConfig) -> Training:
@@ -63,9 +64,26 @@ def training(config: BenchConfig) -> Training:
         step: Any = make_train_step(model, make_optimizer(config), mesh, config.spike_zscore)
         jax.block_until_ready((state, batch))
         began = time.perf_counter()
-        compiled = step.lower(state, *batch).compile()  # step itself takes this program from now on
+        with cache_hits() as hits:  # step itself takes this program from now on
+            compiled = step.lower(state, *batch).compile()
         seconds = time.perf_counter() - began
-    return Training(mesh, model, (A, B), state, step, batch, compiled, seconds)
+    return Training(mesh, model, (A, B), state, step, batch, compiled, seconds, bool(hits))
+
+
+@contextmanager
+def cache_hits() -> Iterator[list[str]]:
+    """Count the programs that JAX takes from its persistent cache meanwhile."""
+    hits: list[str] = []
+
+    def listen(event: str, **_: Any) -> None:
+        if event == "/jax/compilation_cache/cache_hits":
+            hits.append(event)
+
+    jax.monitoring.register_event_listener(listen)
+    try:
+        yield hits
+    finally:
+        jax.monitoring.unregister_event_listener(listen)
 
 
 def network(config: BenchConfig) -> GPT:
@@ -77,9 +95,7 @@ def network(config: BenchConfig) -> GPT:
 
 def random_split(config: BenchConfig, n: int) -> Split:
     """Return n random tokens, as data.py gives those of a file."""
-    tokens = np.random.default_rng(config.seed).integers(
-        config.vocab_size, size=n, dtype=np.uint32
-    )
+    tokens = np.random.default_rng(config.seed).integers(config.vocab_size, size=n, dtype=np.uint32)
     return Split(Path("random tokens"), tokens, config.vocab_size, config.block_size)
 
 
@@ -142,13 +158,12 @@ def rate(config: BenchConfig, t: Training, seconds: float) -> dict[str, float | 
 
 def peak_memory(mesh: Mesh, compiled: Any) -> dict[str, Any]:
     """Return the most that a device has held so far in GiB, and whose word that is."""
-    counted = [(device.memory_stats() or {}).get("peak_bytes_in_use") for device in mesh.devices.flat]
-    if all(counted):
+    stats = [device.memory_stats() or {} for device in mesh.devices.flat]
+    counted = [one["peak_bytes_in_use"] for one in stats if "peak_bytes_in_use" in one]
+    if counted:
         return {"peak_gib": max(counted) / GIB, "peak_from": "device"}
     if compiled is None:
         return {"peak_gib": None, "peak_from": None}
     m = compiled.memory_analysis()
     size = m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes
     return {"peak_gib": (size + m.temp_size_in_bytes) / GIB, "peak_from": "program"}
-
-

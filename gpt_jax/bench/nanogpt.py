@@ -117,9 +117,7 @@ def task_of(config: BesideBench, task: dict[str, Any], ours: dict[str, Any]) -> 
     }
 
 
-def record_of(
-    config: BesideBench, ours: dict[str, Any], result: dict[str, Any]
-) -> dict[str, Any]:
+def record_of(config: BesideBench, ours: dict[str, Any], result: dict[str, Any]) -> dict[str, Any]:
     """Return nanoGPT's result as a record, of the same fields as ours."""
     seconds = result["seconds"]
     median = statistics.median(seconds)
@@ -133,7 +131,15 @@ def record_of(
         record["loss"] = result["loss"]
     rate = rows * n / median
     mfu = ours["mfu"] and ours["mfu"] * rate / ours["tokens_per_second"]
-    for name in ("attention", "remat", "scan_layers", "jax", "loss_first", "skipped"):
+    for name in (
+        "attention",
+        "remat",
+        "scan_layers",
+        "jax",
+        "loss_first",
+        "skipped",
+        "compile_cached",
+    ):
         record.pop(name, None)
     return record | {
         **spread(seconds),
@@ -141,7 +147,7 @@ def record_of(
         "mfu": mfu,
         "peak_gib": result["peak"] and result["peak"] / GIB,
         "peak_from": result["peak"] and "device",
-        "compile_seconds": max(result["first"] - median, 0),
+        "compile_seconds": max(result["first"] - median, 0) if "loss" in result else None,
     }
 
 
@@ -163,6 +169,9 @@ def compared(
 ) -> dict[str, Any]:
     """Return the record of how many times nanoGPT's tokens/s ours are, and its peak memory."""
     rates = [[record["tokens_per_second"] for record in side] for side in (ours, theirs)]
+    best = [
+        max(r["tokens_per_second"] * r["ms"] / r["ms_min"] for r in side) for side in (ours, theirs)
+    ]
     peaks = [max(r["peak_gib"] or 0 for r in side) for side in (ours, theirs)]
     same = config.nanogpt_batch_size in (0, config.batch_size)
     on_device = all(record["peak_from"] == "device" for record in (ours[0], theirs[0]))
@@ -172,6 +181,7 @@ def compared(
         **{name: ours[0][name] for name in ("model", "device", "dtype", "block_size", "date")},
         "batch_sizes": [ours[0]["batch_size"], theirs[0]["batch_size"]],
         "ratio": statistics.median(rates[0]) / statistics.median(rates[1]),
+        "ratio_of_best": best[0] / best[1],
         "ratios": [one / other for one, other in zip(*rates, strict=True)],
         "memory_ratio": peaks[0] / peaks[1] if same and on_device else None,
         "jax": ours[0]["jax"],

@@ -6,7 +6,7 @@ first is read, by JAX itself.
 
 import re
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +19,6 @@ from gpt_jax.errors import RunError
 from gpt_jax.plan.topology import local
 from gpt_jax.reporting.peak import peak_flops
 
-TRACED = 3  # steps
 SHOWN = 40  # groups of kernels
 
 
@@ -27,7 +26,8 @@ class Kernel(NamedTuple):
     """One launch; start and end in ns."""
 
     name: str
-    instruction: str  # of the compiled program; "": the trace does not say
+    module: str  # the compiled program
+    instruction: str  # and its instruction; "": the trace does not say
     start: float
     end: float
 
@@ -44,11 +44,11 @@ class Group(NamedTuple):
 
 
 def profiled(
-    folder: str, run: Callable[[int], Any], unit: str, text: str, about: dict[str, Any]
+    folder: str, run: Callable[[], Any], n: int, unit: str, about: dict[str, Any]
 ) -> dict[str, Any]:
-    """Return the record of a trace of ``run(TRACED)``, which stays in the folder.
+    """Return the record of a trace of ``run()``, which does ``n`` units; the trace stays there.
 
-    ``text`` is the compiled program, "" where no floor is wanted; ``about`` what a record says.
+    ``about`` is the record of the same, measured without a trace.
     """
     options = jax.profiler.ProfileOptions()
     options.python_tracer_level = 0  # it would slow the host
@@ -57,43 +57,55 @@ def profiled(
     except OSError as error:
         raise RunError(f"profile={folder!r:.100} cannot be written ({error})") from None
     with jax.profiler.trace(folder, profiler_options=options):
-        run(TRACED)
+        run()
     traces = sorted(Path(folder).rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)
-    where, kernels = read(traces[-1]) if traces else ("", [])
+    where, kernels = read(traces[-1]) if traces else ("no trace was written", [])
     device, chip = jax.devices()[0], local().chip
     peak = peak_flops(device)
     limits = (chip.memory_bandwidth, peak) if chip and peak else None
-    found = floors(text)
-    names = ("model", "batch_size", "block_size", "dtype", "device", "jax", "date")
+    groups = grouped(kernels, programs({kernel.module for kernel in kernels}), limits)
     busy, span = busy_time(kernels)
-    groups = grouped(kernels, found, limits)
+    names = ("model", "batch_size", "block_size", "dtype", "device", "jax", "date")
+    per = 1e6 * n  # ns of all to ms of a unit
     return {
         "what": "profile",
         "of": about["what"],
         "program": "gpt_jax",
         **{name: about[name] for name in names},
         "unit": unit,
-        "traced": TRACED,
+        "traced": n,
         "trace": str(traces[-1]) if traces else None,
         "source": where,
-        "ms": span / TRACED / 1e6,
-        "busy_ms": busy / TRACED / 1e6,
-        "idle_ms": (span - busy) / TRACED / 1e6,
-        "floor_ms": sum(g.floor or 0 for g in groups) / TRACED / 1e6 if limits and text else None,
-        "unnamed_ms": sum(k.end - k.start for k in kernels if not k.instruction) / TRACED / 1e6,
+        "ms": span / per,
+        "busy_ms": busy / per,
+        "idle_ms": (span - busy) / per,
+        "floor_ms": sum(g.floor or 0 for g in groups) / per if limits else None,
+        # of kernels whose floor is known
+        "known_ms": sum(g.time for g in groups if g.floor is not None) / per,
         "kernels": [
             {
                 "name": g.name,
                 "shape": g.shape,
-                "launches": g.launches / TRACED,
-                "ms": g.time / TRACED / 1e6,
+                "launches": g.launches / n,
+                "ms": g.time / per,
                 "share": g.time / span,
-                "floor_share": None if g.floor is None else g.floor / g.time,
+                "floor_share": None if g.floor is None or not g.time else g.floor / g.time,
                 "bound": g.bound,
             }
             for g in groups[:SHOWN]
         ],
     }
+
+
+def programs(modules: set[str]) -> dict[tuple[str, str], Floor]:
+    """Return the floors of the programs of this process, by module ("": any) and instruction."""
+    found = {}
+    for executable in jax.devices()[0].client.live_executables():
+        for module in executable.hlo_modules():
+            if module.name in modules or "" in modules:
+                for name, floor in floors(module.to_string()).items():
+                    found[module.name, name] = found["", name] = floor
+    return found
 
 
 def read(path: Path) -> tuple[str, list[Kernel]]:
@@ -112,27 +124,28 @@ def read(path: Path) -> tuple[str, list[Kernel]]:
                 streams = [line for line in lines if line.name.startswith("Stream")]
                 lines = streams or [line for line in lines if line.name == "XLA Ops"]
             kernels = [
-                Kernel(event.name, instruction, event.start_ns, event.start_ns + event.duration_ns)
+                Kernel(event.name, *origin, event.start_ns, event.start_ns + event.duration_ns)
                 for line in lines
                 for event in line.events
-                if (instruction := instruction_of(event, name in devices)) is not None
+                if (origin := origin_of(event, name in devices)) is not None
             ]
             if kernels:
-                where = "device kernels" if name in devices else "CPU thunks: no device kernels here"
+                where = (
+                    "device kernels" if name in devices else "CPU thunks: no device kernels here"
+                )
                 return where, sorted(kernels, key=lambda kernel: kernel.start)
     return "no kernels in the trace", []
 
 
-def instruction_of(event: Any, on_device: bool) -> str | None:
-    """Return the instruction that an event belongs to, None where it is no kernel of ours."""
-    stats = {name: value for name, value in event.stats if name in ("hlo_op", "device_ordinal")}
-    if on_device:
-        return str(stats.get("hlo_op", ""))
-    if "hlo_op" not in stats or stats.get("device_ordinal", 0) != 0:
+def origin_of(event: Any, on_device: bool) -> tuple[str, str] | None:
+    """Return an event's module and instruction, None where it is no kernel of ours."""
+    known = ("hlo_module", "hlo_op", "device_ordinal")
+    stats = {name: value for name, value in event.stats if name in known}
+    module, name = str(stats.get("hlo_module", "")), str(stats.get("hlo_op", ""))
+    if not on_device and (not name or stats.get("device_ordinal", 0) != 0):
         return None
-    name = str(stats["hlo_op"])
-    # they hold the time of what is inside them
-    return None if re.match(r"(while|call|conditional)\b", name) else name
+    # control flow holds the time of what is inside it
+    return None if re.match(r"(while|call|conditional)\b", name) else (module, name)
 
 
 def busy_time(kernels: list[Kernel]) -> tuple[float, float]:
@@ -147,7 +160,9 @@ def busy_time(kernels: list[Kernel]) -> tuple[float, float]:
 
 
 def grouped(
-    kernels: list[Kernel], found: dict[str, Floor], limits: tuple[float, float] | None
+    kernels: list[Kernel],
+    found: dict[tuple[str, str], Floor],
+    limits: tuple[float, float] | None,
 ) -> list[Group]:
     """Return the kernels by their instruction's name without its number and by its shape.
 
@@ -155,26 +170,27 @@ def grouped(
     graph) is found by its name, which XLA makes of the instruction's. An instruction of several
     kernels was done as often as the one launched most.
     """
-    by_kernel = {re.sub(r"\W", "_", name): name for name in found}
-    launched: dict[str, Counter[str]] = {}
-    times: Counter[str] = Counter()
+    by_kernel = {re.sub(r"\W", "_", name): name for module, name in found if not module}
+    launched: dict[tuple[str, str], Counter[str]] = {}
+    times: dict[tuple[str, str], float] = defaultdict(float)
     for kernel in kernels:
         name = kernel.instruction or by_kernel.get(kernel.name, kernel.name)
-        launched.setdefault(name, Counter())[kernel.name] += 1
-        times[name] += kernel.end - kernel.start
+        key = kernel.module, name
+        launched.setdefault(key, Counter())[kernel.name] += 1
+        times[key] += kernel.end - kernel.start
     groups: dict[tuple[str, str], Group] = {}
-    for name, time in times.items():
-        floor = found.get(name)
+    for key, time in times.items():
+        floor = found.get(key) or found.get(("", key[1]))
         least, bound = None, ""
         if floor and limits:
-            least = 1e9 * floor.seconds(*limits) * max(launched[name].values())
+            least = 1e9 * floor.seconds(*limits) * max(launched[key].values())
             moving = floor.bytes / limits[0] >= floor.flops / limits[1]
             bound = "memory" if moving else "products"
-        key = (re.sub(r"(?<=\w)[._]*\d[._\d]*$", "", name), floor.shape if floor else "")
-        old = groups.get(key, Group(*key, 0, 0, None, bound))
+        label = (re.sub(r"(?<=\w)[._]*\d[._\d]*$", "", key[1]), floor.shape if floor else "")
+        old = groups.get(label, Group(*label, 0, 0, None, bound))
         sums = [n for n in (old.floor, least) if n is not None]
-        groups[key] = old._replace(
-            launches=old.launches + sum(launched[name].values()),
+        groups[label] = old._replace(
+            launches=old.launches + sum(launched[key].values()),
             time=old.time + time,
             floor=sum(sums) if sums else None,
         )

@@ -2,7 +2,6 @@
 
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
 from gpt_jax.errors import RunError
@@ -12,17 +11,17 @@ SHOWN = 30  # rows of a profile
 
 def put_out(records: list[dict[str, Any]], file: str) -> None:
     """Print the table, then a JSON line a record, or add these to a file."""
-    print(written(records))
     lines = "".join(json.dumps(rounded(record)) + "\n" for record in records)
+    if file:
+        try:
+            with open(file, "a", encoding="utf-8") as out:
+                out.write(lines)
+        except OSError as error:
+            print(lines, end="")  # minutes of measuring are not thrown away
+            raise RunError(f"json={file!r:.100} cannot be written ({error})") from None
+    print(written(records))
     if not file:
         print("\n" + lines, end="")
-        return
-    try:
-        with open(file, "a", encoding="utf-8") as out:
-            out.write(lines)
-    except OSError as error:
-        print(lines, end="")  # minutes of measuring are not thrown away
-        raise RunError(f"json={file!r:.100} cannot be written ({error})") from None
 
 
 def rounded(value: Any) -> Any:
@@ -40,7 +39,9 @@ def written(records: list[dict[str, Any]]) -> str:
     blocks = [heading(measured[0]), table(measured)] if measured else []
     for record in records:
         if "ms_min" not in record:
-            blocks.append({"profile": profile, "ratio": ratio, "compile": seconds}[record["what"]](record))
+            blocks.append(
+                {"profile": profile, "ratio": ratio, "compile": seconds}[record["what"]](record)
+            )
     return "\n\n".join(blocks)
 
 
@@ -48,7 +49,9 @@ def heading(record: dict[str, Any]) -> str:
     """Return the line on what was measured and where."""
     sizes = f"{record['n_layer']} layers, {record['n_head']} heads, {record['n_embd']} wide"
     tokens = f"{record['block_size']} tokens, vocabulary {record['vocab_size']}"
-    where = f"{record['n_devices']} x {record['device']}, JAX {record['jax']}, {record['date'][:10]}"
+    where = (
+        f"{record['n_devices']} x {record['device']}, JAX {record['jax']}, {record['date'][:10]}"
+    )
     return f"{record['what']}, {record['model']}: {sizes}, {tokens}, {record['dtype']}\n{where}"
 
 
@@ -70,6 +73,8 @@ def table(records: list[dict[str, Any]]) -> str:
         )
     if "slower_percent" in records[-1]:
         rows.append(f"the loader costs {records[-1]['slower_percent']:+.2f} % of a step")
+    if any(record.get("compile_cached") for record in records):
+        rows.append("compile s: from the persistent cache")
     if any(record.get("peak_from") == "program" for record in records):
         rows.append("peak GiB: the compiled program's own account, for want of the device's")
     return "\n".join(rows)
@@ -81,7 +86,8 @@ def ratio(record: dict[str, Any]) -> str:
     if record["memory_ratio"] is not None:
         line += f", {record['memory_ratio']:.0%} of its peak memory"
     rounds = ", ".join(f"{one:.3f}" for one in record["ratios"])
-    return f"{line} (medians; by round: {rounds}; torch {record['torch']})"
+    best = f"of the fastest of each: {record['ratio_of_best']:.3f}"
+    return f"{line}\n(of medians; by round: {rounds}; {best}; torch {record['torch']})"
 
 
 def seconds(record: dict[str, Any]) -> str:
@@ -105,15 +111,17 @@ def profile(record: dict[str, Any]) -> str:
     """Return the kernels by time, each with the share of it that it needs."""
     unit = record["unit"]
     rows = [
-        f"{record['source']}, {record['traced']} {unit}s traced: {record['ms']:.3f} ms a {unit}, "
-        f"busy {record['busy_ms']:.3f}, idle {record['idle_ms']:.3f}"
+        f"profile: {record['source']}, {record['traced']} {unit}s",
+        f"ms a {unit}: {record['ms']:.3f}, busy {record['busy_ms']:.3f}, "
+        f"idle {record['idle_ms']:.3f}",
     ]
     if record["floor_ms"] is None:
-        rows.append("no floor: the device or the program is not known")
+        rows.append("no floor: what the device can do at most is not known")
     else:
-        rows.append(f"floor of the kernels that are known: {record['floor_ms']:.3f} ms a {unit}")
-    if record["unnamed_ms"]:
-        rows.append(f"kernels that name no instruction: {record['unnamed_ms']:.3f} ms a {unit}")
+        rows.append(
+            f"floor (bytes over bandwidth, FLOPs over peak, the longer): {record['floor_ms']:.3f}, "
+            f"of kernels that take {record['known_ms']:.3f}"
+        )
     rows.append(
         f"{'ms':>9}{'share':>8}{'launches':>10}{'floor':>8}  {'bound':<10}{'kernel':<44}result"
     )
