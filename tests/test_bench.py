@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.profiler import ProfileData
 
 from gpt_jax.bench import HELP, VERBS, compiling, loading, main
 from gpt_jax.bench.children import output
@@ -30,7 +31,7 @@ from gpt_jax.bench.floor import Floor, floors
 from gpt_jax.bench.loading import loader
 from gpt_jax.bench.measure import memory_told, network, peak_memory, spread, training
 from gpt_jax.bench.nanogpt import compared, in_turns, merged, record_of, task_of, theirs_of
-from gpt_jax.bench.profiling import Kernel, busy_time, grouped, programs
+from gpt_jax.bench.profiling import Kernel, busy_time, grouped, programs, read
 from gpt_jax.bench.report import put_out, written
 from gpt_jax.bench.training import train
 from gpt_jax.config import TrainConfig
@@ -106,6 +107,7 @@ def checkout(tmp_path, monkeypatch):
     folder = tmp_path / "nanoGPT"
     folder.mkdir()
     (folder / "model.py").write_text(MODEL)
+    monkeypatch.setenv("XLA_FLAGS", "")  # ours on one device, as nanoGPT
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{Path(__file__).parents[1]}")
     return folder
 
@@ -438,8 +440,8 @@ def test_what_nanogpts_side_lacks_is_said_before_ours_runs(
 
 def test_a_child_that_fails_or_hangs_is_one_line():
     python = [sys.executable, "-c"]
+    program = "import sys; print('error: n_head is wrong', file=sys.stderr); sys.exit(2)"
     with pytest.raises(UserError, match=r"^ours: n_head is wrong$"):
-        program = "import sys; print('error: n_head is wrong', file=sys.stderr); sys.exit(2)"
         output([*python, program], "ours", 60)
     with pytest.raises(RunError, match=r"^theirs: ValueError: 7$"):
         output([*python, "raise ValueError(7)"], "theirs", 60)
@@ -450,6 +452,48 @@ def test_a_child_that_fails_or_hangs_is_one_line():
 
 
 # ---- the profile ---------------------------------------------------------------------------------
+
+
+TRACE = """
+planes {
+  name: "/device:GPU:0"
+  stat_metadata { key: 1 value { id: 1 name: "hlo_op" } }
+  stat_metadata { key: 2 value { id: 2 name: "hlo_module" } }
+  event_metadata { key: 1 value { id: 1 name: "loop_add_fusion_1" } }
+  event_metadata { key: 2 value { id: 2 name: "nvjet_128x256" } }
+  lines {
+    id: 1 name: "Stream #20(Compute)" timestamp_ns: 1000
+    events { metadata_id: 1 offset_ps: 5000 duration_ps: 3000
+             stats { metadata_id: 1 str_value: "while.2/loop_add_fusion.1" }
+             stats { metadata_id: 2 str_value: "jit_train_step" } }
+  }
+  lines {
+    id: 2 name: "Stream #21(Compute)" timestamp_ns: 1000
+    events { metadata_id: 2 offset_ps: 1000 duration_ps: 2000 }
+  }
+  lines { id: 3 name: "XLA Ops" timestamp_ns: 1000
+    events { metadata_id: 1 offset_ps: 5000 duration_ps: 3000 } }
+}
+planes { name: "/device:GPU:1" lines { id: 1 name: "Stream #1"
+  events { metadata_id: 1 duration_ps: 9 } } event_metadata { key: 1 value { id: 1 name: "x" } } }
+"""
+
+
+def test_of_a_gpus_trace_the_streams_of_the_first_device_are_read(tmp_path):
+    path = tmp_path / "x.xplane.pb"
+    path.write_bytes(ProfileData.text_proto_to_serialized_xspace(TRACE))
+    where, kernels = read(path)
+    assert where == "device kernels"
+    assert kernels == [
+        Kernel("nvjet_128x256", "", "", 1001, 1003),
+        Kernel("loop_add_fusion_1", "jit_train_step", "loop_add_fusion.1", 1005, 1008),
+    ]
+
+
+def test_a_trace_without_kernels_is_said_to_have_none(tmp_path):
+    path = tmp_path / "x.xplane.pb"
+    path.write_bytes(ProfileData.text_proto_to_serialized_xspace('planes { name: "/host:CPU" }'))
+    assert read(path) == ("no kernels in the trace", [])
 
 
 def test_idle_time_is_what_no_kernel_covers_and_overlaps_count_once():
@@ -471,7 +515,7 @@ def test_kernels_are_grouped_by_name_without_number_and_by_shape():
     }
     kernels = [
         Kernel("loop_add_fusion_1", "m", "loop_add_fusion.1", 0, 200),
-        Kernel("loop_add_fusion_22", "", "", 200, 400),  # of a CUDA graph, which says nothing
+        Kernel("loop_add_fusion_22", "m", "call.7", 200, 400),  # of a CUDA graph
         Kernel("loop_add_fusion", "m", "loop_add_fusion", 400, 500),
         Kernel("gemm", "m", "dot.3", 500, 1500),
         Kernel("split_k_reduce", "m", "dot.3", 1500, 1600),  # the same product: one floor

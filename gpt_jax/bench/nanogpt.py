@@ -36,6 +36,11 @@ def in_turns(verb: str, config: BesideBench, argv: list[str]) -> list[dict[str, 
         for n in range(1, config.rounds + 1):
             say(f"round {n} of {config.rounds}: gpt_jax ...")
             ours.append(ours_of(verb, config, argv, Path(folder)))
+            if ours[-1]["n_devices"] > 1:
+                raise UserError(
+                    f"nanoGPT is measured on one device, ours ran on {ours[-1]['n_devices']}: "
+                    "name one by --device=cuda:0"
+                )
             say(f"round {n} of {config.rounds}: nanoGPT ...")
             theirs.append(theirs_of(config, task_of(config, task, ours[-1])))
     torch = theirs[0]["torch"]

@@ -117,7 +117,7 @@ def read(path: Path) -> tuple[str, list[Kernel]]:
         warnings.simplefilter("ignore", DeprecationWarning)
         data = ProfileData.from_serialized_xspace(path.read_bytes())
         planes = {plane.name: plane for plane in data.planes}
-        devices = sorted(name for name in planes if re.match(r"/device:(GPU|TPU):\d+$", name))
+        devices = sorted(name for name in planes if re.match(r"/device:(GPU|TPU):\d+", name))
         for name in [*devices, "/host:CPU"]:
             lines = list(planes[name].lines) if name in planes else []
             if name in devices:  # lines that were derived from the streams would count them twice
@@ -141,11 +141,13 @@ def origin_of(event: Any, on_device: bool) -> tuple[str, str] | None:
     """Return an event's module and instruction, None where it is no kernel of ours."""
     known = ("hlo_module", "hlo_op", "device_ordinal")
     stats = {name: value for name, value in event.stats if name in known}
-    module, name = str(stats.get("hlo_module", "")), str(stats.get("hlo_op", ""))
-    if not on_device and (not name or stats.get("device_ordinal", 0) != 0):
-        return None
-    # control flow holds the time of what is inside it
-    return None if re.match(r"(while|call|conditional)\b", name) else (module, name)
+    # what is inside a loop may be named after it: "while.2/dot.3"
+    module, name = str(stats.get("hlo_module", "")), str(stats.get("hlo_op", "")).split("/")[-1]
+    if on_device:
+        return module, name
+    # on the host, control flow holds the time of what is inside it
+    held = not name or re.match(r"(while|call|conditional)\b", name)
+    return None if held or stats.get("device_ordinal", 0) != 0 else (module, name)
 
 
 def busy_time(kernels: list[Kernel]) -> tuple[float, float]:
@@ -167,14 +169,17 @@ def grouped(
     """Return the kernels by their instruction's name without its number and by its shape.
 
     ``limits`` are bytes/s and FLOP/s. A kernel that does not tell its instruction (one of a CUDA
-    graph) is found by its name, which XLA makes of the instruction's. An instruction of several
-    kernels was done as often as the one launched most.
+    graph tells at most the graph's) is found by its name, which XLA makes of the instruction's if
+    the kernel is its own. An instruction of several kernels was done as often as the one launched
+    most.
     """
     by_kernel = {re.sub(r"\W", "_", name): name for module, name in found if not module}
     launched: dict[tuple[str, str], Counter[str]] = {}
     times: dict[tuple[str, str], float] = defaultdict(float)
     for kernel in kernels:
-        name = kernel.instruction or by_kernel.get(kernel.name, kernel.name)
+        name = kernel.instruction
+        if not {(kernel.module, name), ("", name)} & found.keys():
+            name = by_kernel.get(kernel.name, kernel.name)
         key = kernel.module, name
         launched.setdefault(key, Counter())[kernel.name] += 1
         times[key] += kernel.end - kernel.start

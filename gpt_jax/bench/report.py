@@ -7,6 +7,7 @@ from typing import Any
 from gpt_jax.errors import RunError
 
 SHOWN = 30  # rows of a profile
+MOST = 0.95  # of the time in kernels
 
 
 def put_out(records: list[dict[str, Any]], file: str) -> None:
@@ -122,6 +123,11 @@ def profile(record: dict[str, Any]) -> str:
             f"floor (bytes over bandwidth, FLOPs over peak, the longer): {record['floor_ms']:.3f}, "
             f"of kernels that take {record['known_ms']:.3f}"
         )
+        if record["known_ms"] < MOST * record["busy_ms"]:
+            rows.append(
+                "kernels of CUDA graphs do not tell what they are of: "
+                "XLA_FLAGS=--xla_gpu_enable_command_buffer= does without graphs"
+            )
     rows.append(
         f"{'ms':>9}{'share':>8}{'launches':>10}{'floor':>8}  {'bound':<10}{'kernel':<44}result"
     )
