@@ -11,13 +11,14 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from gpt_jax.bench.config import DecodeBench, TrainBench
 from gpt_jax.commandline.files import PRESETS
 from gpt_jax.config import Checked, SampleConfig, TrainConfig, parse
 from gpt_jax.errors import UserError
 from gpt_jax.evaluate import EvalConfig
 from gpt_jax.plan import PlanConfig
 
-COMMANDS = (TrainConfig, SampleConfig, EvalConfig, PlanConfig)
+COMMANDS = (TrainConfig, SampleConfig, EvalConfig, PlanConfig, TrainBench, DecodeBench)
 KINDS = st.sampled_from(COMMANDS)
 KEYS = sorted({f.name for kind in COMMANDS for f in fields(kind)})
 LONGEST = 1.0  # seconds of CPU that any one input may take

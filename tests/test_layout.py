@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from gpt_jax.bench.config import CompileBench, DecodeBench, LoaderBench, TrainBench
 from gpt_jax.config import SampleConfig, TrainConfig, parse
 from gpt_jax.evaluate import EvalConfig
 from gpt_jax.plan import PlanConfig
@@ -253,5 +254,6 @@ def test_every_packaged_preset_parses_by_name_and_by_nanogpts_path(path, tmp_pat
 
 def test_every_command_parses_with_nothing_said(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for kind in (TrainConfig, SampleConfig, EvalConfig, PlanConfig):
+    benches = (TrainBench, DecodeBench, LoaderBench, CompileBench)
+    for kind in (TrainConfig, SampleConfig, EvalConfig, PlanConfig, *benches):
         assert isinstance(parse([], kind), kind)
