@@ -11,6 +11,7 @@ import numpy as np
 from jax import Array
 
 from gpt_jax.errors import UserError
+from gpt_jax.kernels import decode as kernels
 from gpt_jax.model import GPT, Cache, new_cache
 
 STREAM_CHUNK = 8  # tokens from one look at the text to the next
@@ -45,12 +46,15 @@ class Decoding(NamedTuple):
     keys: Array  # (B,)
 
 
-def next_token(logits: Array, keys: Array, rule: Rule, n_tokens: int = 0) -> Array:
+def next_token(
+    logits: Array, keys: Array, rule: Rule, n_tokens: int = 0, fused: bool = False
+) -> Array:
     """Return a token a row, int32 (B,), from logits (B, V) with a key a row.
 
     nanoGPT's order: temperature, then top-k, which keeps every logit that ties with the k-th; then
     top-p (Holtzman et al. 2020), the fewest tokens that hold that much of what is left. Ids from
-    ``n_tokens`` on, if it is not 0, only pad the vocabulary and are never drawn.
+    ``n_tokens`` on, if it is not 0, only pad the vocabulary and are never drawn. ``fused`` finds the k-th
+    in a kernel.
     """
     V = logits.shape[-1]
     if n_tokens:
@@ -59,7 +63,8 @@ def next_token(logits: Array, keys: Array, rule: Rule, n_tokens: int = 0) -> Arr
         return logits.argmax(-1).astype(jnp.int32)
     logits = logits / rule.temperature
     if 0 < rule.top_k < V:
-        least = jax.lax.top_k(logits, rule.top_k)[0][:, -1:]
+        kth = kernels.kth_largest if fused else lambda x, k: jax.lax.top_k(x, k)[0][:, -1:]
+        least = kth(logits, rule.top_k)
         logits = jnp.where(logits >= least, logits, -jnp.inf)
     if rule.top_p < 1:
         ordered = jnp.sort(logits, axis=-1, descending=True)
@@ -70,11 +75,14 @@ def next_token(logits: Array, keys: Array, rule: Rule, n_tokens: int = 0) -> Arr
     return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
 
 
-@partial(jax.jit, static_argnums=(0, 4))
-def prefill(model: GPT, params: Any, prompts: Array, lengths: Array, room: int, keys: Array):
+@partial(jax.jit, static_argnums=(0, 4, 6))
+def prefill(
+    model: GPT, params: Any, prompts: Array, lengths: Array, room: int, keys: Array, fused: bool
+) -> Decoding:
     """Return the Decoding that follows prompts (B, P) of the given lengths, up to ``room`` tokens.
 
-    A prompt longer than block_size is read through its last block_size tokens.
+    A prompt longer than block_size is read through its last block_size tokens. ``fused`` lays the
+    cache out for the decoding kernels, which ``decode`` then uses.
     """
     B, S = prompts.shape[0], model.config.block_size
     tokens = jnp.zeros((B, room), jnp.int32).at[:, : prompts.shape[1]].set(prompts)
@@ -84,8 +92,9 @@ def prefill(model: GPT, params: Any, prompts: Array, lengths: Array, room: int, 
     positions = jnp.broadcast_to(jnp.arange(P), (B, P))
     logits, cache = model.apply(
         {"params": params}, window, jnp.minimum(lengths, P) - 1, positions,
-        new_cache(model.config, B), method="next_logits",
+        new_cache(model.config, B, min(room, S)), method="next_logits",
     )  # fmt: skip
+    cache = kernels.unstack(cache) if fused else cache
     return Decoding(tokens, lengths, jnp.zeros(B, bool), logits, cache, keys)  # pyright: ignore
 
 
@@ -103,12 +112,16 @@ def decode(model: GPT, params: Any, state: Decoding, steps: Array, rule: Rule) -
     learned position would shift, so the last block_size tokens are read anew each step: this is
     nanoGPT's crop, and gives the text it gives.
     """
-    S = model.config.block_size
-    rows = jnp.arange(state.tokens.shape[0])
+    S, room = model.config.block_size, state.tokens.shape[1]
+    rows, limit = jnp.arange(state.tokens.shape[0]), min(S, room)
+    fused = isinstance(state.cache.k, tuple)
+    weights = kernels.lay_out(model.config, params) if fused else None
 
     def cached(tokens, lengths, cache):
         last = lengths[:, None] - 1
         token = jnp.take_along_axis(tokens, last, axis=1)
+        if weights:
+            return kernels.next_logits(model.config, weights, token[:, 0], last[:, 0], cache)
         first = jnp.zeros_like(lengths)
         return model.apply({"params": params}, token, first, last, cache, method="next_logits")
 
@@ -116,28 +129,36 @@ def decode(model: GPT, params: Any, state: Decoding, steps: Array, rule: Rule) -
         window, last = read_window(tokens, lengths, S), jnp.minimum(lengths, S) - 1
         return model.apply({"params": params}, window, last, method="next_logits")[0], cache
 
-    def append(carry, forward):
+    def append(carry, forward, goes_on):
         step, (tokens, lengths, done, logits, cache, keys) = carry
-        token = next_token(
-            logits, jax.vmap(jax.random.fold_in)(keys, lengths), rule, model.config.n_tokens
-        )
-        slot = jnp.where(done, tokens.shape[1], lengths)  # outside: dropped
+        new_keys = jax.vmap(jax.random.fold_in)(keys, lengths)
+        token = next_token(logits, new_keys, rule, model.config.n_tokens, fused)
+        on = goes_on(carry)
+        slot = jnp.where(done | ~on, room, lengths)  # outside: dropped
         tokens = tokens.at[rows, slot].set(token, mode="drop")
-        lengths = lengths + ~done
+        lengths = lengths + (~done & on)
         for stop in rule.stop_tokens:
-            done |= token == stop
+            done |= (token == stop) & on
         logits, cache = forward(tokens, lengths, cache)
-        return step + 1, Decoding(tokens, lengths, done, logits, cache, keys)
+        return step + on, Decoding(tokens, lengths, done, logits, cache, keys)
 
-    def goes_on(carry):
+    def unfinished(carry):
         return (carry[0] < steps) & ~carry[1].done.all()
 
+    def fits(carry):
+        return unfinished(carry) & (carry[1].lengths.max() < limit)
+
+    # A GPU waits for the host to read a while loop's condition, but not for a loop of known length.
+    # A step too many changes nothing: it comes upon the same position again.
+    chunk = STREAM_CHUNK if fused else 1
     carry = jax.lax.while_loop(
-        lambda carry: goes_on(carry) & (carry[1].lengths.max() < S),
-        lambda carry: append(carry, cached),
+        fits,
+        lambda c: jax.lax.fori_loop(0, chunk, lambda _, c: append(c, cached, fits), c),
         (jnp.int32(0), state),
     )
-    return jax.lax.while_loop(goes_on, lambda carry: append(carry, windowed), carry)[1]
+    if room <= S:
+        return carry[1]
+    return jax.lax.while_loop(unfinished, lambda c: append(c, windowed, unfinished), carry)[1]
 
 
 def start(
@@ -161,9 +182,9 @@ def start(
         bad = int(tokens.min() if tokens.min() < 0 else tokens.max())
         raise UserError(f"the prompt holds token {bad}, the model knows 0 to {known - 1}")
     room = padded + -(-max_new_tokens // PROMPT_MULTIPLE) * PROMPT_MULTIPLE
-    return prefill(
-        model, params, jnp.asarray(tokens, jnp.int32), jnp.asarray(lengths, jnp.int32), room, keys
-    )
+    fused = kernels.can_decode(model.config, params)
+    tokens, lengths = jnp.asarray(tokens, jnp.int32), jnp.asarray(lengths, jnp.int32)
+    return prefill(model, params, tokens, lengths, room, keys, fused)
 
 
 def generate(
