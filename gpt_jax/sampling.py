@@ -53,18 +53,19 @@ def next_token(
 
     nanoGPT's order: temperature, then top-k, which keeps every logit that ties with the k-th; then
     top-p (Holtzman et al. 2020), the fewest tokens that hold that much of what is left. Ids from
-    ``n_tokens`` on, if it is not 0, only pad the vocabulary and are never drawn. ``fused`` finds the k-th
-    in a kernel.
+    ``n_tokens`` on, if it is not 0, only pad the vocabulary and are never drawn. ``fused`` draws
+    in a kernel where there is one for the rule.
     """
-    V = logits.shape[-1]
+    V, k = logits.shape[-1], rule.top_k
+    if fused and rule.temperature > 0 and 0 < k < V and rule.top_p == 1:
+        return kernels.draw_top_k(logits, keys, rule.temperature, k, n_tokens)
     if n_tokens:
         logits = jnp.where(jnp.arange(V)[None] < n_tokens, logits, -jnp.inf)
     if rule.temperature == 0:
         return logits.argmax(-1).astype(jnp.int32)
     logits = logits / rule.temperature
     if 0 < rule.top_k < V:
-        kth = kernels.kth_largest if fused else lambda x, k: jax.lax.top_k(x, k)[0][:, -1:]
-        least = kth(logits, rule.top_k)
+        least = jax.lax.top_k(logits, rule.top_k)[0][:, -1:]
         logits = jnp.where(logits >= least, logits, -jnp.inf)
     if rule.top_p < 1:
         ordered = jnp.sort(logits, axis=-1, descending=True)

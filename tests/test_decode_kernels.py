@@ -9,6 +9,7 @@ import pytest
 
 from gpt_jax import GPT, GPTConfig
 from gpt_jax.kernels.decode import (
+    GROUPS,
     attend,
     can_decode,
     joined,
@@ -20,6 +21,7 @@ from gpt_jax.kernels.decode import (
     unstack,
 )
 from gpt_jax.model import Cache
+from gpt_jax.sampling import Rule, decode, next_token, prefill
 
 # C and the head size are no powers of two, and no row count of the grid divides the outputs
 CONFIG = GPTConfig(n_layer=2, n_head=2, n_embd=96, block_size=300, vocab_size=203, bias=True)
@@ -122,9 +124,43 @@ def test_the_kth_largest_is_that_of_a_sort_to_the_bit(V, k):
     x = x.at[1].set(x[1].astype(jnp.bfloat16).astype(jnp.float32) / 0.8)  # ties, as logits have
     x = x.at[2].set(2.5).at[3].set(jnp.where(jnp.arange(V) % 3 == 0, -0.0, -1e-40))
     x = x.at[4, V // 2 :].set(-jnp.inf).at[5].set(-jnp.abs(x[5]))
-    expected = jax.lax.top_k(x, k)[0][:, -1:]
-    ours = kth_largest(x, k)
+    expected = jax.lax.top_k(x, k)[0][:, -1]
+    padded = jnp.pad(x, ((0, 0), (0, -V % GROUPS))).reshape(6, -1, GROUPS)
+    real = (jnp.arange(padded[0].size) < V).reshape(-1, GROUPS)
+    ours = jax.vmap(lambda x: kth_largest(x, real, k))(padded)
     np.testing.assert_array_equal(ours, expected)
+
+
+@pytest.mark.parametrize("n_tokens", [0, 180])
+def test_a_token_drawn_in_a_kernel_is_the_one_drawn_without(n_tokens):
+    """By the same random bits; logits of 16 bits have ties."""
+    logits = normal(1, 300, 203, scale=2).astype(jnp.bfloat16).astype(jnp.float32)
+    keys = jax.random.split(jax.random.key(7), 300)
+    for rule in (Rule(0.8, 20), Rule(1.5, 3)):
+        plain = next_token(logits, keys, rule, n_tokens)
+        np.testing.assert_array_equal(next_token(logits, keys, rule, n_tokens, True), plain)
+    assert len(set(plain.tolist())) > 50
+
+
+def test_texts_through_the_kernels_are_the_plain_ones():
+    """C31, C32: greedy and drawn, rows that stop early, to the end of the room and past it."""
+    config = replace(CONFIG, block_size=80, n_tokens=200)
+    model, params = GPT(config), params_of(config)
+    prompts = jnp.array([[5, 7, 9, 11], [8, 0, 0, 0], [1, 2, 3, 0]], jnp.int32)
+    keys, lengths = jax.random.split(jax.random.key(0), 3), jnp.array([4, 1, 3], jnp.int32)
+    stops = []
+    for room, steps in ((64, 59), (128, 90)):
+        for rule in (Rule(0.0, stop_tokens=(3,)), Rule(0.8, 20, stop_tokens=(*range(9, 14),)), Rule(0.8)):
+            runs = [
+                decode(model, params, prefill(*state, fused), jnp.int32(steps), rule)
+                for state in [(model, params, prompts, lengths, room, keys)]
+                for fused in (False, True)
+            ]
+            np.testing.assert_array_equal(runs[0].tokens, runs[1].tokens)
+            np.testing.assert_array_equal(runs[0].lengths, runs[1].lengths)
+            stops += runs[0].done.tolist()
+    assert any(stops)
+    assert not all(stops)
 
 
 def test_cpus_and_float32_keep_the_plain_path():

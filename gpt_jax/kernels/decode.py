@@ -2,8 +2,9 @@
 
 A new token of one row costs what its bytes cost: every weight is read once. So the weights are laid
 out once, in 16 bits and a row for each output, and a layer is five kernels: LayerNorm and c_attn;
-attention, which writes its key and value into the cache in place; c_proj and the residual; LayerNorm,
-c_fc and GELU; c_proj and the residual. With more than ``FEW`` rows the products are XLA's.
+attention, which writes its key and value into the cache in place; c_proj and the residual;
+LayerNorm, c_fc and GELU; c_proj and the residual. Another draws the token. With more than ``FEW``
+rows the products are XLA's.
 """
 
 import math
@@ -24,11 +25,11 @@ PROGRAMS = 132  # of a grid, at least: Hopper's multiprocessors, all of which mu
 TILE = 32768  # weights of a program, all asked for at once: 64 KB in flight
 SLOTS = 128  # of the cache, read at once
 SPLITS = 8  # programs that share a row's slots of a head, at most
-GROUPS = 1024  # kth_largest's first look is at the largest of each
+GROUPS = 1024  # the first look for the k-th largest is at the largest of each
 
 
 class Layer(NamedTuple):
-    """A layer's weights, (outputs, inputs) each in 16 bits; norms and biases are float32 or None."""
+    """A layer's weights, 16 bits (outputs, inputs) each; biases and norms, float32 or None."""
 
     ln_1: tuple[Array, Array | None]
     c_attn: tuple[Array, Array | None]
@@ -205,10 +206,8 @@ def linear_kernel(weight, *refs, inputs, given, width, height, activation):
         return plt.load(ref.at[*index, columns], mask=real, other=0)
 
     for b in range(x[0].shape[0]):
-        if inputs == 3:
-            y = join_parts(*x, b, columns, real)
-        else:
-            y = vector(x[0], b).astype(jnp.float32)
+        y = join_parts(*x, b, columns, real) if inputs == 3 else vector(x[0], b)
+        y = y.astype(jnp.float32)
         if scale is not None:
             y = jnp.where(real, y - y.sum() / K, 0)
             y *= jax.lax.rsqrt((y * y).sum() / K + 1e-5) * vector(scale)
@@ -247,7 +246,10 @@ def tanh_of_gelu(x):
 
 
 def erf(x):
-    """Return erf(x) to 1.5e-7 (Abramowitz & Stegun 7.1.26): Pallas does not lower jax.lax.erf."""
+    """Compute the error function to 1.5e-7 (Abramowitz & Stegun 7.1.26).
+
+    Pallas has no lowering of jax.lax.erf for Triton.
+    """
     t = 1 / (1 + 0.3275911 * jnp.abs(x))
     p = ((1.061405429 * t - 1.453152027) * t + 1.421413741) * t - 0.284496736
     y = 1 - (p * t + 0.254829592) * t * jnp.exp(-x * x)
@@ -326,32 +328,45 @@ def attend_kernel(positions, qkv, k_in, v_in, sums, maxima, weights, k_out, v_ou
 # ---- sampling ----
 
 
-def kth_largest(x: Array, k: int) -> Array:
-    """Return jax.lax.top_k(x, k)'s last values, float32 (B, 1), of x float32 (B, V); no sort.
+def draw_top_k(logits: Array, keys: Array, temperature: float, k: int, n_tokens: int = 0) -> Array:
+    """Return sampling.next_token's tokens, int32 (B,), for a rule of a temperature and a top-k.
 
-    The answer is searched for by bisection over the bits of a float, which are ordered as an
-    integer's are; a program keeps a row in its registers.
+    logits are (B, V), keys (B,). The noise is jax.random's own; the rest is one kernel, a program a
+    row, which keeps the row in its registers and does not sort: the k-th largest is searched for by
+    bisection over the bits of a float, which are ordered as an integer's are.
     """
-    B, V = x.shape
+    B, V = logits.shape
+    # argmax(logits + gumbel) draws from the softmax: jax.random.categorical, with its bits
+    noise = jax.vmap(lambda key: jax.random.gumbel(key, (V,)))(keys)
     width = max(GROUPS, pl.next_power_of_2(V))
+    known = n_tokens or V
     return pl.pallas_call(
-        partial(kth_kernel, k=k, width=width),
+        partial(draw_kernel, temperature=temperature, k=k, known=known, width=width),
         grid=(B,),
-        out_shape=jax.ShapeDtypeStruct((B, 1), jnp.float32),
+        out_shape=jax.ShapeDtypeStruct((B,), jnp.int32),
         compiler_params=plt.CompilerParams(num_warps=32 if width > 2**14 else 8),
         interpret=interpreted(),
-        name="kth_largest",
-    )(x)
+        name="draw_top_k",
+    )(logits, noise)
 
 
-def kth_kernel(x, out, *, k, width):
-    """Find one row's k-th largest value."""
-    b, V = pl.program_id(0), x.shape[1]
+def draw_kernel(logits, noise, out, *, temperature, k, known, width):
+    """Draw one row's token."""
+    b, V = pl.program_id(0), logits.shape[1]
     places = jnp.arange(width // GROUPS)[:, None] * GROUPS + jnp.arange(GROUPS)[None, :]
     real = places < V
+    x = plt.load(logits.at[b, places], mask=real, other=0).astype(jnp.float32) / temperature
+    x = jnp.where(places < known, x, -jnp.inf)
+    score = x + plt.load(noise.at[b, places], mask=real, other=0)
+    score = jnp.where(x >= kth_largest(x, real, k), score, -jnp.inf)
+    best = jnp.where(score == score.max(), places, width).min()
+    out[b] = jnp.where(best < V, best, 0)  # of NaNs, as argmax takes them
+
+
+def kth_largest(x, real, k):
+    """Return the k-th largest of what is real of x, float32 (width / GROUPS, GROUPS)."""
     lowest, highest = jnp.iinfo(jnp.int32).min, jnp.iinfo(jnp.int32).max
-    bits = plt.load(x.at[b, places], mask=real, other=0)
-    bits = jax.lax.bitcast_convert_type(bits, jnp.int32)
+    bits = jax.lax.bitcast_convert_type(x, jnp.int32)
     # a negative float's bits fall where it rises
     keys = jnp.where(real, jnp.where(bits < 0, bits ^ highest, bits), lowest)
 
@@ -390,7 +405,7 @@ def kth_kernel(x, out, *, k, width):
 
     low, high = jax.lax.while_loop(lambda bounds: bounds[0] < bounds[1], narrow, ends(low, high))
     low = jnp.where(low < 0, low ^ highest, low)
-    out[b, 0] = jax.lax.bitcast_convert_type(low, jnp.float32)
+    return jax.lax.bitcast_convert_type(low, jnp.float32)
 
 
 def interpreted() -> bool:
