@@ -1,6 +1,7 @@
 """The decoding kernels, interpreted on CPU, held to the plain network and to lax.top_k."""
 
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +15,10 @@ from gpt_jax.kernels.decode import (
     can_decode,
     joined,
     kth_largest,
-    lay_out,
     linear,
     next_logits,
     plain_linear,
-    unstack,
+    prepare,
 )
 from gpt_jax.model import Cache
 from gpt_jax.sampling import Rule, decode, next_token, prefill
@@ -37,6 +37,10 @@ def params_of(config, seed=0):
     return tree.unflatten([normal(seed + i, *x.shape, scale=0.3) for i, x in enumerate(leaves)])
 
 
+def network(config, params):
+    return partial(GPT(config).apply, {"params": params}, method="next_logits")
+
+
 def cache_of(config, B, seed=50):
     shape = (config.n_layer, B, config.block_size, config.n_head, config.n_embd // config.n_head)
     return Cache(*(normal(seed + i, *shape).astype(config.dtype) for i in range(2)))
@@ -50,13 +54,10 @@ def test_a_step_through_the_kernels_is_the_networks_own(B, bias, activation):
     params, cache = params_of(config), cache_of(config, B)
     tokens = jnp.arange(B, dtype=jnp.int32) + 7
     positions = jnp.array([299, 0, 130, 128, 5, 127], jnp.int32)[:B]
-    ours, (k, v) = jax.jit(next_logits, static_argnums=0)(
-        config, lay_out(config, params), tokens, positions, unstack(cache)
-    )
-    theirs, expected = GPT(config).apply(
-        {"params": params}, tokens[:, None], jnp.zeros(B, jnp.int32), positions[:, None], cache,
-        method="next_logits",
-    )  # fmt: skip
+    inputs = tokens[:, None], jnp.zeros(B, jnp.int32), positions[:, None]
+    weights, layers = prepare(config, params, cache)
+    ours, (k, v) = jax.jit(next_logits, static_argnums=0)(config, weights, *inputs, layers)
+    theirs, expected = network(config, params)(*inputs, cache)
     np.testing.assert_allclose(ours, theirs, atol=1e-4 * float(jnp.abs(theirs).max()))
     np.testing.assert_allclose(jnp.stack(k), expected.k, atol=1e-4)
     np.testing.assert_allclose(jnp.stack(v), expected.v, atol=1e-4)
@@ -66,17 +67,13 @@ def test_a_step_through_the_kernels_is_the_networks_own(B, bias, activation):
 def test_in_16_bits_the_kernels_are_no_further_from_float32_than_the_network(B):
     config = replace(CONFIG, dtype="bfloat16")
     params, cache = params_of(config), cache_of(config, B)
-    tokens, positions = jnp.arange(B) + 7, jnp.arange(B) * 40 + 3
-    ours, _ = next_logits(config, lay_out(config, params), tokens, positions, unstack(cache))
-
-    def network(config, cache):
-        return GPT(config).apply(
-            {"params": params}, tokens[:, None], jnp.zeros(B, jnp.int32), positions[:, None],
-            cache, method="next_logits",
-        )[0]  # fmt: skip
-
-    exact = network(CONFIG, jax.tree.map(lambda x: x.astype(jnp.float32), cache))
-    theirs = jnp.abs(network(config, cache) - exact).max()
+    tokens, positions = jnp.arange(B)[:, None] + 7, jnp.arange(B)[:, None] * 40 + 3
+    inputs = tokens, jnp.zeros(B, jnp.int32), positions
+    weights, layers = prepare(config, params, cache)
+    ours, _ = next_logits(config, weights, *inputs, layers)
+    wide = jax.tree.map(lambda x: x.astype(jnp.float32), cache)
+    exact, _ = network(CONFIG, params)(*inputs, wide)
+    theirs = jnp.abs(network(config, params)(*inputs, cache)[0] - exact).max()
     assert jnp.abs(ours - exact).max() <= 1.2 * theirs
 
 

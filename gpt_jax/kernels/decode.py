@@ -60,12 +60,13 @@ def can_decode(config: GPTConfig, params: Any) -> bool:
 
 
 def lay_out(config: GPTConfig, params: Any) -> Weights:
-    """Return params as decoding reads them; done once, before the loop."""
+    """Return params as decoding reads them."""
     L, C, h = config.n_layer, config.n_embd, params["h"]
 
-    def pair(module, i=None, n=0):
-        weight, bias = (module.get(name) for name in ("weight", "bias"))
-        weight, bias = (x if x is None or i is None else x[i] for x in (weight, bias))
+    def pair(module, i=None, n=0) -> Any:
+        weight, bias = (
+            x if x is None or i is None else x[i] for x in (module["weight"], module.get("bias"))
+        )
         if n:
             weight = weight.reshape(n, -1).T.astype(config.dtype)
         return weight, None if bias is None else bias.reshape(-1).astype(jnp.float32)
@@ -82,8 +83,7 @@ def lay_out(config: GPTConfig, params: Any) -> Weights:
         for i in range(L)
     )
     wte, wpe = params["wte"]["weight"], params["wpe"]["weight"]
-    weights = Weights(wte, wpe, wte.astype(config.dtype), pair(params["ln_f"]), layers)
-    return jax.lax.optimization_barrier(weights)  # else a layout could be made anew in the loop
+    return Weights(wte, wpe, wte.astype(config.dtype), pair(params["ln_f"]), layers)
 
 
 def unstack(cache: Cache) -> Cache:
@@ -91,13 +91,19 @@ def unstack(cache: Cache) -> Cache:
     return Cache(*(tuple(x[i] for i in range(x.shape[0])) for x in cache))  # pyright: ignore
 
 
+def prepare(config: GPTConfig, params: Any, cache: Cache) -> tuple[Weights, Cache]:
+    """Return what ``next_logits`` reads and writes: made once a text."""
+    return lay_out(config, params), unstack(cache)
+
+
 def next_logits(
-    config: GPTConfig, weights: Weights, tokens: Array, positions: Array, cache: Cache
+    config: GPTConfig, weights: Weights, tokens: Array, last: Array, positions: Array, cache: Cache
 ) -> tuple[Array, Cache]:
     """Return GPT.next_logits of one token a row: logits float32 (B, V), and the cache.
 
-    tokens and positions are int32 (B,); the cache is ``unstack``'s.
+    tokens and positions are int32 (B, 1), ``last`` is all zeros, the cache is ``unstack``'s.
     """
+    tokens, positions = tokens[:, 0], positions[:, 0]
     exact = "tanh" if config.activation == "gelu_tanh" else "erf"
     product = linear if len(tokens) <= FEW else plain_linear
     x = weights.wte[tokens] + weights.wpe[positions]
@@ -110,8 +116,8 @@ def next_logits(
         x = product(y, *w.mlp_proj, residual=x)
         keys.append(k)
         values.append(v)
-    logits = product(x, weights.head, None, norm=weights.ln_f)
-    return logits.astype(jnp.float32), Cache(tuple(keys), tuple(values))  # pyright: ignore
+    logits = product(x, weights.head, None, norm=weights.ln_f, dtype=jnp.float32)
+    return logits, Cache(tuple(keys), tuple(values))  # pyright: ignore
 
 
 # ---- products ----
@@ -140,10 +146,12 @@ def plain_linear(
     norm: tuple[Array, Array | None] | None = None,
     activation: str = "",
     residual: Array | None = None,
+    dtype: Any = None,
 ) -> Array:
     """Return weight (N, K) times x, normalised or joined before it, as the network does it.
 
-    In the weight's dtype; with a residual, float32 (B, N), which is added.
+    Computed in the weight's dtype, and returned in ``dtype`` if there is one. A residual, float32
+    (B, N), is added; the result is then float32 too.
     """
     x = joined(x) if isinstance(x, Parts) else x
     if norm:
@@ -155,7 +163,7 @@ def plain_linear(
     y = jnp.einsum("bk,nk->bn", x.astype(weight.dtype), weight, precision=exact)
     y = y if bias is None else y + bias.astype(y.dtype)[None]
     y = gelu(y, activation == "tanh") if activation else y
-    return y if residual is None else residual + y
+    return y.astype(dtype or y.dtype) if residual is None else residual + y
 
 
 def linear(
@@ -165,6 +173,7 @@ def linear(
     norm: tuple[Array, Array | None] | None = None,
     activation: str = "",
     residual: Array | None = None,
+    dtype: Any = None,
 ) -> Array:
     """Return plain_linear's result for a few rows, in one kernel that reads the weight once."""
     N, K = weight.shape
@@ -177,7 +186,7 @@ def linear(
         linear_kernel, inputs=n, given=[x is not None for x in given],
         width=width, height=height, activation=activation,
     )  # fmt: skip
-    dtype = weight.dtype if residual is None else jnp.float32
+    dtype = dtype or (weight.dtype if residual is None else jnp.float32)
     return pl.pallas_call(
         kernel,
         grid=(pl.cdiv(N, height),),
@@ -206,7 +215,7 @@ def linear_kernel(weight, *refs, inputs, given, width, height, activation):
         return plt.load(ref.at[*index, columns], mask=real, other=0)
 
     for b in range(x[0].shape[0]):
-        y = join_parts(*x, b, columns, real) if inputs == 3 else vector(x[0], b)
+        y = join_parts(x, b, columns, real) if inputs == 3 else vector(x[0], b)
         y = y.astype(jnp.float32)
         if scale is not None:
             y = jnp.where(real, y - y.sum() / K, 0)
@@ -218,13 +227,16 @@ def linear_kernel(weight, *refs, inputs, given, width, height, activation):
             y += plt.load(bias.at[rows], mask=inside, other=0)
         if activation:
             y = 0.5 * y * (1 + (tanh_of_gelu(y) if activation == "tanh" else erf(y * 0.5**0.5)))
-        if residual is not None:
+        if residual is None:
+            y = y.astype(weight.dtype)
+        else:
             y += plt.load(residual.at[b, rows], mask=inside, other=0)
         plt.store(out.at[b, rows], y.astype(out.dtype), mask=inside)
 
 
-def join_parts(sums, maxima, weights, b, columns, real):
+def join_parts(parts, b, columns, real):
     """Return ``joined`` of row b, inside a kernel."""
+    sums, maxima, weights = parts
     _, n, C = sums.shape
     heads = columns // (C // maxima.shape[2])
     load = [partial(plt.load, mask=real, other=other) for other in (0, 0, 1)]
