@@ -64,9 +64,9 @@ def lay_out(config: GPTConfig, params: Any) -> Weights:
     L, C, h = config.n_layer, config.n_embd, params["h"]
 
     def pair(module, i=None, n=0) -> Any:
-        weight, bias = (
-            x if x is None or i is None else x[i] for x in (module["weight"], module.get("bias"))
-        )
+        weight, bias = module["weight"], module.get("bias")
+        if i is not None:
+            weight, bias = weight[i], None if bias is None else bias[i]
         if n:
             weight = weight.reshape(n, -1).T.astype(config.dtype)
         return weight, None if bias is None else bias.reshape(-1).astype(jnp.float32)
