@@ -104,23 +104,37 @@ def next_logits(
     tokens and positions are int32 (B, 1), ``last`` is all zeros, the cache is ``unstack``'s.
     """
     tokens, positions = tokens[:, 0], positions[:, 0]
-    exact = "tanh" if config.activation == "gelu_tanh" else "erf"
-    product = linear if len(tokens) <= FEW else plain_linear
+    product = product_for(len(tokens))
     x = weights.wte[tokens] + weights.wpe[positions]
     keys, values = [], []
-    for w, k, v in zip(weights.layers, *cache, strict=True):
-        qkv = product(x, *w.c_attn, norm=w.ln_1)
-        y, k, v = attend(qkv, k, v, positions)
-        x = product(y, *w.attn_proj, residual=x)
-        y = product(x, *w.c_fc, norm=w.ln_2, activation=exact)
-        x = product(y, *w.mlp_proj, residual=x)
+    for layer, k, v in zip(weights.layers, *cache, strict=True):
+        x, k, v = block(config, layer, x, k, v, positions)
         keys.append(k)
         values.append(v)
     logits = product(x, weights.head, None, norm=weights.ln_f, dtype=jnp.float32)
     return logits, Cache(tuple(keys), tuple(values))  # pyright: ignore
 
 
+@partial(jax.jit, static_argnums=0)  # traced and lowered once, not once a layer
+def block(
+    config: GPTConfig, layer: Layer, x: Array, k: Array, v: Array, positions: Array
+) -> tuple[Array, Array, Array]:
+    """Return model.Block of one position a row: x float32 (B, C), and the layer's cache."""
+    product = product_for(len(x))
+    activation = "tanh" if config.activation == "gelu_tanh" else "erf"
+    qkv = product(x, *layer.c_attn, norm=layer.ln_1)
+    y, k, v = attend(qkv, k, v, positions)
+    x = product(y, *layer.attn_proj, residual=x)
+    y = product(x, *layer.c_fc, norm=layer.ln_2, activation=activation)
+    return product(y, *layer.mlp_proj, residual=x), k, v
+
+
 # ---- products ----
+
+
+def product_for(rows: int) -> Any:
+    """Return ``linear`` or ``plain_linear``, whichever is faster for that many rows."""
+    return linear if rows <= FEW else plain_linear
 
 
 class Parts(NamedTuple):
