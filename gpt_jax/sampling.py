@@ -111,7 +111,7 @@ def decode(model: GPT, params: Any, state: Decoding, steps: Array, rule: Rule) -
     c, room, weights = model.config, state.tokens.shape[1], state.weights
     rows, S = jnp.arange(state.tokens.shape[0]), c.block_size
     read: Any = partial(model.apply, {"params": params}, method="next_logits")
-    step = partial(kernels.next_logits, c, weights) if weights else read
+    step = partial(kernels.next_logits, c, params, weights) if weights else read
 
     def cached(tokens, lengths, cache):
         last = lengths[:, None] - 1

@@ -56,7 +56,7 @@ def test_a_step_through_the_kernels_is_the_networks_own(B, bias, activation):
     positions = jnp.array([299, 0, 130, 128, 5, 127], jnp.int32)[:B]
     inputs = tokens[:, None], jnp.zeros(B, jnp.int32), positions[:, None]
     weights, layers = prepare(config, params, cache)
-    ours, (k, v) = jax.jit(next_logits, static_argnums=0)(config, weights, *inputs, layers)
+    ours, (k, v) = jax.jit(next_logits, static_argnums=0)(config, params, weights, *inputs, layers)
     theirs, expected = network(config, params)(*inputs, cache)
     np.testing.assert_allclose(ours, theirs, atol=1e-4 * float(jnp.abs(theirs).max()))
     np.testing.assert_allclose(jnp.stack(k), expected.k, atol=1e-4)
@@ -70,7 +70,7 @@ def test_in_16_bits_the_kernels_are_no_further_from_float32_than_the_network(B):
     tokens, positions = jnp.arange(B)[:, None] + 7, jnp.arange(B)[:, None] * 40 + 3
     inputs = tokens, jnp.zeros(B, jnp.int32), positions
     weights, layers = prepare(config, params, cache)
-    ours, _ = next_logits(config, weights, *inputs, layers)
+    ours, _ = next_logits(config, params, weights, *inputs, layers)
     wide = jax.tree.map(lambda x: x.astype(jnp.float32), cache)
     exact, _ = network(CONFIG, params)(*inputs, wide)
     theirs = jnp.abs(network(config, params)(*inputs, cache)[0] - exact).max()

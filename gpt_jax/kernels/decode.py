@@ -40,22 +40,21 @@ class Layer(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """What a decoding step reads: the embeddings stay float32, wte is there in 16 bits as well."""
+    """What a decoding step reads in place of params: the layers, and wte in 16 bits."""
 
-    wte: Array
-    wpe: Array
-    head: Array
-    ln_f: tuple[Array, Array | None]
     layers: tuple[Layer, ...]
+    head: Array
 
 
 def can_decode(config: GPTConfig, params: Any) -> bool:
-    """Return whether these kernels apply: an NVIDIA GPU, 16 bits, everything on one device."""
+    """Return whether these kernels apply: 16 bits, all on one NVIDIA GPU, Ampere or newer."""
+    device = jax.devices()[0]
     return (
         jax.default_backend() == "gpu"
-        and "NVIDIA" in jax.devices()[0].device_kind
+        and "NVIDIA" in device.device_kind
+        and float(device.compute_capability) >= 8  # what Pallas's Triton compiles for
         and config.dtype in ("bfloat16", "float16")
-        and all(len(x.sharding.device_set) == 1 for x in jax.tree.leaves(params))
+        and all(len(x.devices()) == 1 for x in jax.tree.leaves(params) if isinstance(x, Array))
     )
 
 
@@ -82,8 +81,7 @@ def lay_out(config: GPTConfig, params: Any) -> Weights:
         )
         for i in range(L)
     )
-    wte, wpe = params["wte"]["weight"], params["wpe"]["weight"]
-    return Weights(wte, wpe, wte.astype(config.dtype), pair(params["ln_f"]), layers)
+    return Weights(layers, params["wte"]["weight"].astype(config.dtype))
 
 
 def unstack(cache: Cache) -> Cache:
@@ -97,7 +95,13 @@ def prepare(config: GPTConfig, params: Any, cache: Cache) -> tuple[Weights, Cach
 
 
 def next_logits(
-    config: GPTConfig, weights: Weights, tokens: Array, last: Array, positions: Array, cache: Cache
+    config: GPTConfig,
+    params: Any,
+    weights: Weights,
+    tokens: Array,
+    last: Array,
+    positions: Array,
+    cache: Cache,
 ) -> tuple[Array, Cache]:
     """Return GPT.next_logits of one token a row: logits float32 (B, V), and the cache.
 
@@ -105,13 +109,15 @@ def next_logits(
     """
     tokens, positions = tokens[:, 0], positions[:, 0]
     product = product_for(len(tokens))
-    x = weights.wte[tokens] + weights.wpe[positions]
+    # these are read a row at a time, so that float32 costs nothing
+    x = params["wte"]["weight"][tokens] + params["wpe"]["weight"][positions]
+    ln_f = params["ln_f"]["weight"], params["ln_f"].get("bias")
     keys, values = [], []
     for layer, k, v in zip(weights.layers, *cache, strict=True):
         x, k, v = block(config, layer, x, k, v, positions)
         keys.append(k)
         values.append(v)
-    logits = product(x, weights.head, None, norm=weights.ln_f, dtype=jnp.float32)
+    logits = product(x, weights.head, None, norm=ln_f, dtype=jnp.float32)
     return logits, Cache(tuple(keys), tuple(values))  # pyright: ignore
 
 
