@@ -36,10 +36,10 @@ class Cache(NamedTuple):
     v: Array
 
 
-def new_cache(config: GPTConfig, batch: int) -> Cache:
-    """Return an empty cache for ``batch`` rows of up to ``block_size`` positions."""
+def new_cache(config: GPTConfig, batch: int, slots: int = 0) -> Cache:
+    """Return an empty cache for ``batch`` rows of ``slots`` positions, or of block_size."""
     head_size = config.n_embd // config.n_head
-    shape = (config.n_layer, batch, config.block_size, config.n_head, head_size)
+    shape = (config.n_layer, batch, slots or config.block_size, config.n_head, head_size)
     return Cache(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype))
 
 

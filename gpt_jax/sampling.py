@@ -11,6 +11,7 @@ import numpy as np
 from jax import Array
 
 from gpt_jax.errors import UserError
+from gpt_jax.kernels import decode as kernels
 from gpt_jax.model import GPT, Cache, new_cache
 
 STREAM_CHUNK = 8  # tokens from one look at the text to the next
@@ -43,23 +44,27 @@ class Decoding(NamedTuple):
     logits: Array  # float32 (B, V) of the token that follows
     cache: Cache
     keys: Array  # (B,)
+    weights: Any  # as the decoding kernels read them, or None: the plain network decodes
 
 
-def next_token(logits: Array, keys: Array, rule: Rule, n_tokens: int = 0) -> Array:
+def next_token(logits: Array, keys: Array, rule: Rule, n_tokens=0, fused=False) -> Array:
     """Return a token a row, int32 (B,), from logits (B, V) with a key a row.
 
     nanoGPT's order: temperature, then top-k, which keeps every logit that ties with the k-th; then
     top-p (Holtzman et al. 2020), the fewest tokens that hold that much of what is left. Ids from
-    ``n_tokens`` on, if it is not 0, only pad the vocabulary and are never drawn.
+    ``n_tokens`` on, if it is not 0, only pad the vocabulary and are never drawn. ``fused`` draws
+    in a kernel where there is one for the rule.
     """
-    V = logits.shape[-1]
+    V, k = logits.shape[-1], rule.top_k
+    if fused and rule.temperature > 0 and 0 < k < V and rule.top_p == 1:
+        return kernels.draw_top_k(logits, keys, rule.temperature, k, n_tokens)
     if n_tokens:
         logits = jnp.where(jnp.arange(V)[None] < n_tokens, logits, -jnp.inf)
     if rule.temperature == 0:
         return logits.argmax(-1).astype(jnp.int32)
     logits = logits / rule.temperature
-    if 0 < rule.top_k < V:
-        least = jax.lax.top_k(logits, rule.top_k)[0][:, -1:]
+    if 0 < k < V:
+        least = jax.lax.top_k(logits, k)[0][:, -1:]
         logits = jnp.where(logits >= least, logits, -jnp.inf)
     if rule.top_p < 1:
         ordered = jnp.sort(logits, axis=-1, descending=True)
@@ -70,23 +75,23 @@ def next_token(logits: Array, keys: Array, rule: Rule, n_tokens: int = 0) -> Arr
     return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
 
 
-@partial(jax.jit, static_argnums=(0, 4))
-def prefill(model: GPT, params: Any, prompts: Array, lengths: Array, room: int, keys: Array):
+@partial(jax.jit, static_argnums=(0, 4, 6))
+def prefill(model, params, prompts, lengths, room: int, keys, fused: bool = False) -> Decoding:
     """Return the Decoding that follows prompts (B, P) of the given lengths, up to ``room`` tokens.
 
-    A prompt longer than block_size is read through its last block_size tokens.
+    A prompt longer than block_size is read through its last block_size tokens. With ``fused`` the
+    decoding kernels go on from it.
     """
-    B, S = prompts.shape[0], model.config.block_size
-    tokens = jnp.zeros((B, room), jnp.int32).at[:, : prompts.shape[1]].set(prompts)
-    P = min(prompts.shape[1], S)
+    c, (B, P) = model.config, prompts.shape
+    tokens = jnp.zeros((B, room), jnp.int32).at[:, :P].set(prompts)
+    P = min(P, c.block_size)
     # what pads a short prompt is cached too, in slots that no query sees before they are rewritten
-    window = read_window(tokens, lengths, P)
     positions = jnp.broadcast_to(jnp.arange(P), (B, P))
-    logits, cache = model.apply(
-        {"params": params}, window, jnp.minimum(lengths, P) - 1, positions,
-        new_cache(model.config, B), method="next_logits",
-    )  # fmt: skip
-    return Decoding(tokens, lengths, jnp.zeros(B, bool), logits, cache, keys)  # pyright: ignore
+    cache, last = new_cache(c, B, min(room, c.block_size)), jnp.minimum(lengths, P) - 1
+    read = partial(model.apply, {"params": params}, method="next_logits")
+    logits, cache = read(read_window(tokens, lengths, P), last, positions, cache)
+    weights, cache = kernels.prepare(c, params, cache) if fused else (None, cache)
+    return Decoding(tokens, lengths, jnp.zeros(B, bool), logits, cache, keys, weights)
 
 
 def read_window(tokens: Array, lengths: Array, width: int) -> Array:
@@ -103,41 +108,44 @@ def decode(model: GPT, params: Any, state: Decoding, steps: Array, rule: Rule) -
     learned position would shift, so the last block_size tokens are read anew each step: this is
     nanoGPT's crop, and gives the text it gives.
     """
-    S = model.config.block_size
-    rows = jnp.arange(state.tokens.shape[0])
+    c, room, weights = model.config, state.tokens.shape[1], state.weights
+    rows, S = jnp.arange(state.tokens.shape[0]), c.block_size
+    read: Any = partial(model.apply, {"params": params}, method="next_logits")
+    step = partial(kernels.next_logits, c, params, weights) if weights else read
 
     def cached(tokens, lengths, cache):
         last = lengths[:, None] - 1
-        token = jnp.take_along_axis(tokens, last, axis=1)
-        first = jnp.zeros_like(lengths)
-        return model.apply({"params": params}, token, first, last, cache, method="next_logits")
+        return step(jnp.take_along_axis(tokens, last, 1), jnp.zeros_like(lengths), last, cache)
 
     def windowed(tokens, lengths, cache):
-        window, last = read_window(tokens, lengths, S), jnp.minimum(lengths, S) - 1
-        return model.apply({"params": params}, window, last, method="next_logits")[0], cache
+        return read(read_window(tokens, lengths, S), jnp.minimum(lengths, S) - 1)[0], cache
 
-    def append(carry, forward):
-        step, (tokens, lengths, done, logits, cache, keys) = carry
-        token = next_token(
-            logits, jax.vmap(jax.random.fold_in)(keys, lengths), rule, model.config.n_tokens
-        )
-        slot = jnp.where(done, tokens.shape[1], lengths)  # outside: dropped
+    def append(carry, forward, most):
+        n, (tokens, lengths, done, logits, cache, keys, _) = carry
+        new_keys, on = jax.vmap(jax.random.fold_in)(keys, lengths), goes_on(carry, most)
+        token = next_token(logits, new_keys, rule, c.n_tokens, weights is not None)
+        slot = jnp.where(done | ~on, room, lengths)  # outside: dropped
         tokens = tokens.at[rows, slot].set(token, mode="drop")
-        lengths = lengths + ~done
-        for stop in rule.stop_tokens:
-            done |= token == stop
+        lengths = lengths + (~done & on)
+        done |= on & (token[:, None] == np.array(rule.stop_tokens, np.int32)[None]).any(1)
         logits, cache = forward(tokens, lengths, cache)
-        return step + 1, Decoding(tokens, lengths, done, logits, cache, keys)
+        return n + on, Decoding(tokens, lengths, done, logits, cache, keys, None)
 
-    def goes_on(carry):
-        return (carry[0] < steps) & ~carry[1].done.all()
+    def goes_on(carry, most):
+        return (carry[0] < steps) & (carry[1].lengths.max() < most) & ~carry[1].done.all()
 
-    carry = jax.lax.while_loop(
-        lambda carry: goes_on(carry) & (carry[1].lengths.max() < S),
-        lambda carry: append(carry, cached),
-        (jnp.int32(0), state),
-    )
-    return jax.lax.while_loop(goes_on, lambda carry: append(carry, windowed), carry)[1]
+    # A GPU waits for the host to read a while loop's condition, but not for a loop of known length.
+    # A step too many changes nothing: it comes upon the same position again.
+    def run(carry, forward, most, chunk):
+        return jax.lax.while_loop(
+            lambda carry: goes_on(carry, most),
+            lambda carry: jax.lax.fori_loop(0, chunk, lambda _, x: append(x, forward, most), carry),
+            carry,
+        )
+
+    carry = jnp.int32(0), state._replace(weights=None)
+    carry = run(carry, cached, min(S, room), STREAM_CHUNK if weights else 1)
+    return (run(carry, windowed, room + 1, 1) if room > S else carry)[1]._replace(weights=weights)
 
 
 def start(
@@ -161,9 +169,8 @@ def start(
         bad = int(tokens.min() if tokens.min() < 0 else tokens.max())
         raise UserError(f"the prompt holds token {bad}, the model knows 0 to {known - 1}")
     room = padded + -(-max_new_tokens // PROMPT_MULTIPLE) * PROMPT_MULTIPLE
-    return prefill(
-        model, params, jnp.asarray(tokens, jnp.int32), jnp.asarray(lengths, jnp.int32), room, keys
-    )
+    fused = kernels.can_decode(model.config, params)
+    return prefill(model, params, np.int32(tokens), np.array(lengths, np.int32), room, keys, fused)
 
 
 def generate(
@@ -208,6 +215,5 @@ def stream(
     while shown < end and not state.done[0]:
         steps = jnp.int32(min(STREAM_CHUNK, end - shown))
         state = decode(model, params, state, steps, Rule(**rule))
-        length = int(state.lengths[0])
-        yield np.asarray(state.tokens[0, shown:length]).tolist()
-        shown = length
+        yield (new := np.asarray(state.tokens[0, shown : int(state.lengths[0])]).tolist())
+        shown += len(new)

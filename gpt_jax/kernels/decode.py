@@ -1,0 +1,433 @@
+"""Decoding on one NVIDIA GPU: one new position of each row, in few kernels that read little.
+
+A new token of one row costs what its bytes cost: every weight is read once. So the weights are laid
+out once, in 16 bits and a row for each output, and a layer is five kernels: LayerNorm and c_attn;
+attention, which writes its key and value into the cache in place; c_proj and the residual;
+LayerNorm, c_fc and GELU; c_proj and the residual. Another draws the token. With more than ``FEW``
+rows the products are XLA's.
+"""
+
+import math
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+
+from gpt_jax.config import GPTConfig
+from gpt_jax.kernels import launch, power_of_2, use
+from gpt_jax.model import Cache, gelu
+
+FEW = 4  # rows up to which a product is bound by reading its weight, and not by arithmetic
+PROGRAMS = 132  # of a grid, at least: Hopper's multiprocessors, all of which must read
+TILE = 32768  # weights of a program, all asked for at once: 64 KB in flight
+SLOTS = 128  # of the cache, read at once
+SPLITS = 8  # programs that share a row's slots of a head, at most
+GROUPS = 1024  # the first look for the k-th largest is at the largest of each
+
+
+class Layer(NamedTuple):
+    """A layer's weights, 16 bits (outputs, inputs) each; biases and norms, float32 or None."""
+
+    ln_1: tuple[Array, Array | None]
+    c_attn: tuple[Array, Array | None]
+    attn_proj: tuple[Array, Array | None]
+    ln_2: tuple[Array, Array | None]
+    c_fc: tuple[Array, Array | None]
+    mlp_proj: tuple[Array, Array | None]
+
+
+class Weights(NamedTuple):
+    """What a decoding step reads in place of params: the layers, and wte in 16 bits."""
+
+    layers: tuple[Layer, ...]
+    head: Array
+
+
+def can_decode(config: GPTConfig, params: Any) -> bool:
+    """Return whether these kernels are used: where all the others are, if all is on one device."""
+    arrays = [x for x in jax.tree.leaves(params) if isinstance(x, Array)]
+    return use(config.kernels, config.dtype) and all(len(x.devices()) == 1 for x in arrays)
+
+
+def lay_out(config: GPTConfig, params: Any) -> Weights:
+    """Return params as decoding reads them."""
+    L, C, h = config.n_layer, config.n_embd, params["h"]
+
+    def pair(module, i=None, n=0) -> Any:
+        weight, bias = module["weight"], module.get("bias")
+        if i is not None:
+            weight, bias = weight[i], None if bias is None else bias[i]
+        if n:
+            weight = weight.reshape(n, -1).T.astype(config.dtype)
+        return weight, None if bias is None else bias.reshape(-1).astype(jnp.float32)
+
+    layers = tuple(
+        Layer(
+            pair(h["ln_1"], i),
+            pair(h["attn"]["c_attn"], i, C),
+            pair(h["attn"]["c_proj"], i, C),
+            pair(h["ln_2"], i),
+            pair(h["mlp"]["c_fc"], i, C),
+            pair(h["mlp"]["c_proj"], i, 4 * C),
+        )
+        for i in range(L)
+    )
+    return Weights(layers, params["wte"]["weight"].astype(config.dtype))
+
+
+def unstack(cache: Cache) -> Cache:
+    """Return a cache of (L, B, S, H, D) as one of L arrays, each of which is written in place."""
+    return Cache(*(tuple(x[i] for i in range(x.shape[0])) for x in cache))  # pyright: ignore
+
+
+def prepare(config: GPTConfig, params: Any, cache: Cache) -> tuple[Weights, Cache]:
+    """Return what ``next_logits`` reads and writes: made once a text."""
+    return lay_out(config, params), unstack(cache)
+
+
+def next_logits(
+    config: GPTConfig,
+    params: Any,
+    weights: Weights,
+    tokens: Array,
+    last: Array,
+    positions: Array,
+    cache: Cache,
+) -> tuple[Array, Cache]:
+    """Return GPT.next_logits of one token a row: logits float32 (B, V), and the cache.
+
+    tokens and positions are int32 (B, 1), ``last`` is all zeros, the cache is ``unstack``'s.
+    """
+    tokens, positions = tokens[:, 0], positions[:, 0]
+    product = product_for(len(tokens))
+    # these are read a row at a time, so that float32 costs nothing
+    x = params["wte"]["weight"][tokens] + params["wpe"]["weight"][positions]
+    ln_f = params["ln_f"]["weight"], params["ln_f"].get("bias")
+    keys, values = [], []
+    for layer, k, v in zip(weights.layers, *cache, strict=True):
+        x, k, v = block(config, layer, x, k, v, positions)
+        keys.append(k)
+        values.append(v)
+    logits = product(x, weights.head, None, norm=ln_f, dtype=jnp.float32)
+    return logits, Cache(tuple(keys), tuple(values))  # pyright: ignore
+
+
+@partial(jax.jit, static_argnums=0)  # traced and lowered once, not once a layer
+def block(
+    config: GPTConfig, layer: Layer, x: Array, k: Array, v: Array, positions: Array
+) -> tuple[Array, Array, Array]:
+    """Return model.Block of one position a row: x float32 (B, C), and the layer's cache."""
+    product = product_for(len(x))
+    activation = "tanh" if config.activation == "gelu_tanh" else "erf"
+    qkv = product(x, *layer.c_attn, norm=layer.ln_1)
+    y, k, v = attend(qkv, k, v, positions)
+    x = product(y, *layer.attn_proj, residual=x)
+    y = product(x, *layer.c_fc, norm=layer.ln_2, activation=activation)
+    return product(y, *layer.mlp_proj, residual=x), k, v
+
+
+# ---- products ----
+
+
+def product_for(rows: int) -> Any:
+    """Return ``linear`` or ``plain_linear``, whichever is faster for that many rows."""
+    return linear if rows <= FEW else plain_linear
+
+
+class Parts(NamedTuple):
+    """Attention's result in pieces, float32: sums (B, n, C), and their maxima and weights."""
+
+    sums: Array
+    maxima: Array  # (B, n, H)
+    weights: Array  # (B, n, H)
+
+
+def joined(parts: Parts) -> Array:
+    """Return the attention, float32 (B, C), that the parts make up."""
+    B, n, C = parts.sums.shape
+    scale = jnp.exp(parts.maxima - parts.maxima.max(1, keepdims=True))
+    sums = parts.sums.reshape(B, n, parts.maxima.shape[2], -1) * scale[..., None]
+    return (sums.sum(1) / (parts.weights * scale).sum(1)[..., None]).reshape(B, C)
+
+
+def plain_linear(
+    x: Array | Parts,
+    weight: Array,
+    bias: Array | None,
+    norm: tuple[Array, Array | None] | None = None,
+    activation: str = "",
+    residual: Array | None = None,
+    dtype: Any = None,
+) -> Array:
+    """Return weight (N, K) times x, normalised or joined before it, as the network does it.
+
+    Computed in the weight's dtype, and returned in ``dtype`` if there is one. A residual, float32
+    (B, N), is added; the result is then float32 too.
+    """
+    x = joined(x) if isinstance(x, Parts) else x
+    if norm:
+        x -= x.mean(-1, keepdims=True)
+        x *= jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-5)
+        x *= norm[0][None]
+        x = x if norm[1] is None else x + norm[1][None]
+    exact = jax.lax.Precision.HIGHEST if weight.dtype == jnp.float32 else None
+    y = jnp.einsum("bk,nk->bn", x.astype(weight.dtype), weight, precision=exact)
+    y = y if bias is None else y + bias.astype(y.dtype)[None]
+    y = gelu(y, activation == "tanh") if activation else y
+    return y.astype(dtype or y.dtype) if residual is None else residual + y
+
+
+def linear(
+    x: Array | Parts,
+    weight: Array,
+    bias: Array | None,
+    norm: tuple[Array, Array | None] | None = None,
+    activation: str = "",
+    residual: Array | None = None,
+    dtype: Any = None,
+) -> Array:
+    """Return plain_linear's result for a few rows, in one kernel that reads the weight once."""
+    N, K = weight.shape
+    width = power_of_2(K)
+    height = max(1, min(TILE // width, 1 << max(0, (N // PROGRAMS).bit_length() - 1)))
+    inputs = list(x) if isinstance(x, Parts) else [x]
+    B, n = inputs[0].shape[0], len(inputs)
+    given = [*(norm or (None, None)), bias, residual]
+    kernel = partial(
+        linear_kernel, inputs=n, given=[x is not None for x in given],
+        width=width, height=height, activation=activation,
+    )  # fmt: skip
+    dtype = dtype or (weight.dtype if residual is None else jnp.float32)
+    return launch(
+        kernel,
+        grid=(pl.cdiv(N, height),),
+        out_shape=jax.ShapeDtypeStruct((B, N), dtype),
+        warps=8 if width * height > TILE // 2 else 4,
+        name="linear",
+    )(weight, *inputs, *(x for x in given if x is not None))
+
+
+def linear_kernel(weight, *refs, inputs, given, width, height, activation):
+    """Compute ``height`` outputs of every row."""
+    x, refs = refs[:inputs], list(refs[inputs:])
+    out = refs.pop()
+    scale, shift, bias, residual = (refs.pop(0) if there else None for there in given)
+    N, K = weight.shape
+    rows, columns = pl.program_id(0) * height + jnp.arange(height), jnp.arange(width)
+    inside, real = rows < N, columns < K
+    # asked for before anything else is waited for; a weight is read once and by one program
+    tile = plt.load(
+        weight.at[rows[:, None], columns[None, :]], mask=inside[:, None] & real[None, :],
+        other=0, eviction_policy="evict_first",
+    ).astype(jnp.float32)  # fmt: skip
+
+    def vector(ref, *index):
+        return plt.load(ref.at[*index, columns], mask=real, other=0)
+
+    for b in range(x[0].shape[0]):
+        y = join_parts(x, b, columns, real) if inputs == 3 else vector(x[0], b)
+        y = y.astype(jnp.float32)
+        if scale is not None:
+            y = jnp.where(real, y - y.sum() / K, 0)
+            y *= jax.lax.rsqrt((y * y).sum() / K + 1e-5) * vector(scale)
+            y = y if shift is None else y + vector(shift)
+        y = y.astype(weight.dtype).astype(jnp.float32)
+        y = (tile * y[None, :]).sum(1)
+        if bias is not None:
+            y += plt.load(bias.at[rows], mask=inside, other=0)
+        if activation:
+            y = 0.5 * y * (1 + (tanh_of_gelu(y) if activation == "tanh" else erf(y * 0.5**0.5)))
+        if residual is None:
+            y = y.astype(weight.dtype)
+        else:
+            y += plt.load(residual.at[b, rows], mask=inside, other=0)
+        plt.store(out.at[b, rows], y.astype(out.dtype), mask=inside)
+
+
+def join_parts(parts, b, columns, real):
+    """Return ``joined`` of row b, inside a kernel."""
+    sums, maxima, weights = parts
+    _, n, C = sums.shape
+    heads = columns // (C // maxima.shape[2])
+    load = [partial(plt.load, mask=real, other=other) for other in (0, 0, 1)]
+    tops = [load[1](maxima.at[b, i, heads]) for i in range(n)]
+    top = tops[0]
+    for other in tops[1:]:
+        top = jnp.maximum(top, other)
+    total, weight = jnp.zeros_like(top), jnp.zeros_like(top)
+    for i in range(n):
+        scale = jnp.exp(tops[i] - top)
+        total += scale * load[0](sums.at[b, i, columns])
+        weight += scale * load[2](weights.at[b, i, heads])
+    return total / weight
+
+
+def tanh_of_gelu(x):
+    """Return the tanh in GELU's approximation (Hendrycks & Gimpel 2016)."""
+    return jnp.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x))
+
+
+def erf(x):
+    """Compute the error function to 1.5e-7 (Abramowitz & Stegun 7.1.26).
+
+    Pallas has no lowering of jax.lax.erf for Triton.
+    """
+    t = 1 / (1 + 0.3275911 * jnp.abs(x))
+    p = ((1.061405429 * t - 1.453152027) * t + 1.421413741) * t - 0.284496736
+    y = 1 - (p * t + 0.254829592) * t * jnp.exp(-x * x)
+    return jnp.where(x < 0, -y, y)
+
+
+# ---- attention ----
+
+
+def attend(qkv: Array, k: Array, v: Array, positions: Array) -> tuple[Parts, Array, Array]:
+    """Return cached attention of one position a row, in parts, and the cache with it written in.
+
+    qkv is (B, 3C), k and v are (B, S, H, D), positions int32 (B,). A row's programs read the slots
+    up to its position and no others; each takes a share of them (Dao et al. 2023, "Flash-Decoding
+    for long-context inference").
+    """
+    B, S, H, D = k.shape
+    blocks = pl.cdiv(S, SLOTS)
+    n = min(SPLITS, blocks, pl.cdiv(4 * PROGRAMS, B * H))
+    share = pl.cdiv(blocks, n) * SLOTS
+    shapes = [(B, n, H * D), (B, n, H), (B, n, H)]
+    *parts, k, v = launch(
+        partial(attend_kernel, share=share, width=power_of_2(D)),
+        grid=(H, n, B),
+        out_shape=[
+            *(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes),
+            *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (k, v)),
+        ],
+        input_output_aliases={2: 3, 3: 4},
+        warps=4,
+        stages=2,
+        name="attend",
+    )(positions, qkv.reshape(B, 3, H, D), k, v)
+    return Parts(*parts), k, v
+
+
+def attend_kernel(positions, qkv, k_in, v_in, sums, maxima, weights, k_out, v_out, *, share, width):
+    """Attend to a share of one row's slots, for one head."""
+    h, s, b = (pl.program_id(i) for i in range(3))
+    D = k_in.shape[3]
+    position, first, dims = positions[b], s * share, jnp.arange(width)
+    real = dims < D
+    q, new_k, new_v = (plt.load(qkv.at[b, i, h, dims], mask=real, other=0) for i in range(3))
+    q = q.astype(jnp.float32) * (1 / math.sqrt(D))
+
+    def block(i, carry):
+        total, top, weight = carry
+        slots = first + i * SLOTS + jnp.arange(SLOTS)
+        seen = slots <= position
+        index = (b, slots[:, None], h, dims[None, :])
+        # the slot of this position may not be written yet
+        old = ((slots < position)[:, None] & real[None, :], (slots == position)[:, None])
+        k, v = (
+            jnp.where(old[1], new[None, :], plt.load(ref.at[index], mask=old[0], other=0))
+            for ref, new in ((k_in, new_k), (v_in, new_v))
+        )
+        scores = (k.astype(jnp.float32) * q[None, :]).sum(1)
+        scores = jnp.where(seen, scores, -1e30)
+        new_top = jnp.maximum(top, scores.max())
+        probs, scale = jnp.exp(scores - new_top), jnp.exp(top - new_top)
+        total = total * scale + (v.astype(jnp.float32) * probs[:, None]).sum(0)
+        return total, new_top, weight * scale + probs.sum()
+
+    blocks = pl.cdiv(jnp.clip(position + 1 - first, 0, share), SLOTS)
+    zero = jnp.float32(0)
+    start = (jnp.zeros(width, jnp.float32), jnp.float32(-1e30), zero)
+    total, top, weight = jax.lax.fori_loop(0, blocks, block, start)
+    plt.store(sums.at[b, s, h * D + dims], total, mask=real)
+    maxima[b, s, h] = top
+    weights[b, s, h] = weight
+    mine = real & (position >= first) & (position < first + share)
+    plt.store(k_out.at[b, position, h, dims], new_k, mask=mine)
+    plt.store(v_out.at[b, position, h, dims], new_v, mask=mine)
+
+
+# ---- sampling ----
+
+
+def draw_top_k(logits: Array, keys: Array, temperature: float, k: int, n_tokens: int = 0) -> Array:
+    """Return sampling.next_token's tokens, int32 (B,), for a rule of a temperature and a top-k.
+
+    logits are (B, V), keys (B,). The noise is jax.random's own; the rest is one kernel, a program a
+    row, which keeps the row in its registers and does not sort: the k-th largest is searched for by
+    bisection over the bits of a float, which are ordered as an integer's are.
+    """
+    B, V = logits.shape
+    # argmax(logits + gumbel) draws from the softmax: jax.random.categorical, with its bits
+    noise = jax.vmap(lambda key: jax.random.gumbel(key, (V,)))(keys)
+    width = max(GROUPS, power_of_2(V))
+    known = n_tokens or V
+    return launch(
+        partial(draw_kernel, temperature=temperature, k=k, known=known, width=width),
+        grid=(B,),
+        out_shape=jax.ShapeDtypeStruct((B,), jnp.int32),
+        warps=32 if width > 2**14 else 8,
+        name="draw_top_k",
+    )(logits, noise)
+
+
+def draw_kernel(logits, noise, out, *, temperature, k, known, width):
+    """Draw one row's token."""
+    b, V = pl.program_id(0), logits.shape[1]
+    places = jnp.arange(width // GROUPS)[:, None] * GROUPS + jnp.arange(GROUPS)[None, :]
+    real = places < V
+    x = plt.load(logits.at[b, places], mask=real, other=0).astype(jnp.float32) / temperature
+    x = jnp.where(places < known, x, -jnp.inf)
+    score = x + plt.load(noise.at[b, places], mask=real, other=0)
+    score = jnp.where(x >= kth_largest(x, real, k), score, -jnp.inf)
+    best = jnp.where(score == score.max(), places, width).min()
+    out[b] = jnp.where(best < V, best, 0)  # of NaNs, as argmax takes them
+
+
+def kth_largest(x, real, k):
+    """Return the k-th largest of what is real of x, float32 (width / GROUPS, GROUPS)."""
+    lowest, highest = jnp.iinfo(jnp.int32).min, jnp.iinfo(jnp.int32).max
+    bits = jax.lax.bitcast_convert_type(x, jnp.int32)
+    # a negative float's bits fall where it rises
+    keys = jnp.where(real, jnp.where(bits < 0, bits ^ highest, bits), lowest)
+
+    def middle(low, high):
+        return (low & high) + ((low ^ high) >> 1)  # (low + high) // 2 overflows
+
+    def halve(values, steps, low, high):
+        """At least k values are >= low, fewer than k are >= high."""
+
+        def step(_, bounds):
+            low, high = bounds
+            mid = middle(low, high)
+            enough = (values >= mid).astype(jnp.int32).sum() >= k
+            return jnp.where(enough, mid, low), jnp.where(enough, high, mid)
+
+        return jax.lax.fori_loop(0, steps, step, (low, high))
+
+    low, high = jnp.where(real, keys, highest).min(), keys.max() + 1
+    if k <= GROUPS:  # k groups' largest are k values, so that their k-th largest is a lower bound
+        tops = keys.max(0)
+        low, _ = halve(tops, 12, jnp.maximum(low, tops.min()), high)
+    low, high = halve(keys, 6, low, high)
+
+    # what is left holds few different values: from here on the bounds are values that there are
+    def ends(low, high):
+        return (
+            jnp.where(keys >= low, keys, highest).min(),
+            jnp.where(keys < high, keys, lowest).max(),
+        )
+
+    def narrow(bounds):
+        low, high = bounds
+        mid = middle(low, high) + 1
+        enough = (keys >= mid).astype(jnp.int32).sum() >= k
+        return ends(jnp.where(enough, mid, low), jnp.where(enough, high + 1, mid))
+
+    low, high = jax.lax.while_loop(lambda bounds: bounds[0] < bounds[1], narrow, ends(low, high))
+    low = jnp.where(low < 0, low ^ highest, low)
+    return jax.lax.bitcast_convert_type(low, jnp.float32)
