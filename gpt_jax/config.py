@@ -165,7 +165,15 @@ class TrainConfig(Hardware):
 
     def continued(self, model: GPTConfig) -> GPTConfig:
         """Return a trained network's config, as this run goes on training it."""
-        ours = "block_size dropout matmul_dtype attention kernels remat scan_layers".split()
+        ours = [
+            "block_size",
+            "dropout",
+            "matmul_dtype",
+            "attention",
+            "kernels",
+            "remat",
+            "scan_layers",
+        ]
         return replace(model, **{name: getattr(self, name) for name in ours})
 
 
