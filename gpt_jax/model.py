@@ -15,12 +15,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from gpt_jax.attention import attention, cached_attention
+from gpt_jax.attention import attention, cached_attention, drop
 from gpt_jax.config import GPTConfig
 from gpt_jax.errors import UserError
 from gpt_jax.loss import cross_entropy_of_projection, project
-
-Params = dict[str, Any]
 
 
 class Cache(NamedTuple):
@@ -122,6 +120,12 @@ class Embedding(nn.Module):
         return jnp.asarray(self.weight)[ids]  # numpy cannot be indexed by a traced array
 
 
+def dropped(module: Any, x: Array, deterministic: bool) -> Array:
+    """Return x with dropout by a module's own config and key, or as it is."""
+    rate = 0.0 if deterministic else module.config.dropout
+    return drop(x, rate, module.make_rng("dropout")) if rate else x
+
+
 class CausalSelfAttention(nn.Module):
     """Multi-head attention; with a cache, the new positions also see the cached ones."""
 
@@ -144,7 +148,7 @@ class CausalSelfAttention(nn.Module):
             y = attention(q, k, v, backend=c.attention, dropout=rate, key=key)
         std = 0.02 / math.sqrt(2 * c.n_layer)
         y = Linear(c, heads, (c.n_embd,), std, name="c_proj")(y)
-        return nn.Dropout(rate, deterministic=deterministic)(y), cache
+        return dropped(self, y, deterministic), cache
 
 
 class MLP(nn.Module):
@@ -159,7 +163,7 @@ class MLP(nn.Module):
         x = gelu(x, approximate=c.activation == "gelu_tanh")
         std = 0.02 / math.sqrt(2 * c.n_layer)
         x = Linear(c, (4 * c.n_embd,), (c.n_embd,), std, name="c_proj")(x)
-        return nn.Dropout(c.dropout, deterministic=deterministic)(x)
+        return dropped(self, x, deterministic)
 
 
 class Block(nn.Module):
@@ -192,7 +196,6 @@ class GPT(nn.Module):
             block = nn.remat(Block, policy=policy, prevent_cse=prevent_cse, static_argnums=(4,))
         self.wte = Embedding(c, c.vocab_size)
         self.wpe = Embedding(c, c.block_size)
-        self.drop = nn.Dropout(c.dropout)
         self.h = nn.scan(
             block,
             variable_axes={"params": 0},  # every weight of a layer gets a leading L
@@ -212,7 +215,7 @@ class GPT(nn.Module):
             )
         if positions is None:
             positions = jnp.arange(tokens.shape[1])[None]
-        x = self.drop(self.wte(tokens) + self.wpe(positions), deterministic=deterministic)
+        x = dropped(self, self.wte(tokens) + self.wpe(positions), deterministic)
         x, cache = self.h(x, cache, positions, deterministic)
         return self.ln_f(x), cache
 
@@ -250,14 +253,3 @@ def count_params(params: Any, non_embedding: bool = True) -> int:
     """Return the number of parameters; as nanoGPT reports it, without the position embedding."""
     total = sum(x.size for x in jax.tree.leaves(params))
     return total - params["wpe"]["weight"].size if non_embedding else total
-
-
-def crop_block_size(params: Params, block_size: int) -> Params:
-    """Return params for a shorter context: the first ``block_size`` rows of wpe.
-
-    Raises UserError if the model's own context is shorter.
-    """
-    rows = params["wpe"]["weight"].shape[0]
-    if block_size > rows:
-        raise UserError(f"block_size={block_size} is more than the {rows} the model was made with")
-    return {**params, "wpe": {"weight": params["wpe"]["weight"][:block_size]}}
