@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from gpt_jax import integrity
@@ -57,7 +56,7 @@ class Checkpoints:
         trees = {"params": state.params, "optimizer": without_params(state)}
         if integrity.room_for_a_copy(trees):
             # of a copy the device can go on to the next update while the host still fetches it
-            trees = jax.tree.map(jnp.copy, trees)
+            trees = integrity.copied(trees)
             pending = {item: integrity.digests(tree) for item, tree in trees.items()}
             self.saving = self.thread.submit(self.write, trees, pending, meta, wait=True)
         else:

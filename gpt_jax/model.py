@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from gpt_jax import kernels
-from gpt_jax.attention import attention, cached_attention
+from gpt_jax.attention import attention, cached_attention, drop
 from gpt_jax.config import GPTConfig
 from gpt_jax.errors import UserError
 from gpt_jax.kernels import float8
@@ -24,7 +24,6 @@ from gpt_jax.kernels.gelu import gelu as fused_gelu
 from gpt_jax.kernels.layer_norm import add_layer_norm
 from gpt_jax.loss import cross_entropy_of_projection, project
 
-Params = dict[str, Any]
 # of the residual stream: float16's range does not suffice
 STREAM = {"float32": "float32", "bfloat16": "bfloat16", "float16": "float32"}
 
@@ -137,6 +136,12 @@ class Embedding(nn.Module):
         return jnp.asarray(self.weight)[ids]  # numpy cannot be indexed by a traced array
 
 
+def dropped(module: Any, x: Array, deterministic: bool) -> Array:
+    """Return x with dropout by a module's own config and key, or as it is."""
+    rate = 0.0 if deterministic else module.config.dropout
+    return drop(x, rate, module.make_rng("dropout")) if rate else x
+
+
 class CausalSelfAttention(nn.Module):
     """Multi-head attention; with a cache, the new positions also see the cached ones."""
 
@@ -159,7 +164,7 @@ class CausalSelfAttention(nn.Module):
             y = attention(q, k, v, backend=c.attention, dropout=rate, key=key)
         std = 0.02 / math.sqrt(2 * c.n_layer)
         y = Linear(c, heads, (c.n_embd,), std, name="c_proj")(y)
-        return nn.Dropout(rate, deterministic=deterministic)(y), cache
+        return dropped(self, y, deterministic), cache
 
 
 class MLP(nn.Module):
@@ -174,7 +179,7 @@ class MLP(nn.Module):
         x = gelu(x, approximate=c.activation == "gelu_tanh")
         std = 0.02 / math.sqrt(2 * c.n_layer)
         x = Linear(c, (4 * c.n_embd,), (c.n_embd,), std, name="c_proj")(x)
-        return nn.Dropout(c.dropout, deterministic=deterministic)(x)
+        return dropped(self, x, deterministic)
 
 
 class Block(nn.Module):
@@ -208,7 +213,6 @@ class GPT(nn.Module):
             block = nn.remat(Block, policy=policy, prevent_cse=prevent_cse, static_argnums=(4,))
         self.wte = Embedding(c, c.vocab_size)
         self.wpe = Embedding(c, c.block_size)
-        self.drop = nn.Dropout(c.dropout)
         self.h = nn.scan(
             block,
             variable_axes={"params": 0},  # every weight of a layer gets a leading L
@@ -228,7 +232,7 @@ class GPT(nn.Module):
             )
         if positions is None:
             positions = jnp.arange(tokens.shape[1])[None]
-        x = self.drop(self.wte(tokens) + self.wpe(positions), deterministic=deterministic)
+        x = dropped(self, self.wte(tokens) + self.wpe(positions), deterministic)
         x, cache = self.h(x.astype(STREAM[self.config.dtype]), cache, positions, deterministic)
         return self.ln_f(x)[1], cache
 
@@ -268,14 +272,3 @@ def count_params(params: Any, non_embedding: bool = True) -> int:
     """Return the number of parameters; as nanoGPT reports it, without the position embedding."""
     total = sum(x.size for x in jax.tree.leaves(params))
     return total - params["wpe"]["weight"].size if non_embedding else total
-
-
-def crop_block_size(params: Params, block_size: int) -> Params:
-    """Return params for a shorter context: the first ``block_size`` rows of wpe.
-
-    Raises UserError if the model's own context is shorter.
-    """
-    rows = params["wpe"]["weight"].shape[0]
-    if block_size > rows:
-        raise UserError(f"block_size={block_size} is more than the {rows} the model was made with")
-    return {**params, "wpe": {"weight": params["wpe"]["weight"][:block_size]}}

@@ -6,10 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
-from gpt_jax.attention import attention, cached_attention, causal_mask, reference
+from gpt_jax.attention import attention, cached_attention, causal_mask, drop, reference
 from gpt_jax.config import GPTConfig
 from gpt_jax.errors import UserError
+from gpt_jax.sharding import make_mesh
 
 B, T, H, D = 2, 7, 3, 8
 
@@ -115,6 +117,49 @@ def test_dropout_drops_probabilities_and_keeps_their_mean():  # M6
     again = attention(q, q, v, dropout=rate, key=key)
     np.testing.assert_array_equal(y, again)
     assert (y != attention(q, q, v, dropout=rate, key=jax.random.key(4))).any()
+
+
+@pytest.mark.parametrize("rate", [0.001, 0.1, 0.5, 0.9])
+def test_dropout_keeps_its_rate_and_its_scale(rate):
+    x = jnp.full((3, 333, 512), 2.0)
+    y = np.asarray(drop(x, rate, jax.random.key(0)))
+    kept = y != 0
+    np.testing.assert_allclose(y[kept], 2 / (1 - rate), rtol=1e-6)
+    assert abs(kept.mean() - (1 - rate)) < 5 * np.sqrt(rate * (1 - rate) / y.size)
+
+
+@pytest.mark.parametrize("shape", [(1, 8), (2, 3, 7, 5), (4, 64, 6)])
+def test_dropout_takes_any_shape_and_follows_from_its_key(shape):
+    x = jnp.ones(shape, jnp.bfloat16)
+    y = drop(x, 0.5, jax.random.key(1))
+    assert (y.shape, y.dtype) == (shape, x.dtype)
+    np.testing.assert_array_equal(y, jax.jit(drop, static_argnums=1)(x, 0.5, jax.random.key(1)))
+    if x.size > 100:
+        assert (y != drop(x, 0.5, jax.random.key(2))).any()
+
+
+def test_elements_that_share_a_random_word_drop_as_if_they_did_not():
+    rate = 0.2
+    x = jnp.ones((4 * 1000, 256))
+    zero = np.asarray(drop(x, rate, jax.random.key(3))).reshape(4, -1) == 0
+    together = np.corrcoef(zero)
+    error = 1 / np.sqrt(zero.shape[1])
+    # a byte in 256 is undecided, and then the next byte, the other element's, decides
+    assert (np.abs(together - np.eye(4)) < 1 / 256 + 5 * error).all()
+    assert abs(zero.all(0).mean() - rate**4) < 0.1 * rate**4 + 5 * np.sqrt(rate**4) * error
+
+
+def test_dropout_is_the_same_wherever_the_rows_lie():
+    x, key = jnp.ones((8, 4, 6, 10)), jax.random.key(4)
+    rows = NamedSharding(make_mesh(), PartitionSpec(("data", "fsdp")))
+    apart = jax.jit(drop, static_argnums=1)(jax.device_put(x, rows), 0.5, key)
+    np.testing.assert_array_equal(apart, drop(x, 0.5, key))
+
+
+def test_a_gradient_passes_where_a_value_did():
+    x, key = jnp.ones((16, 32)), jax.random.key(5)
+    y, back = jax.vjp(lambda x: drop(x, 0.25, key), x)
+    np.testing.assert_array_equal(back(jnp.ones_like(y))[0], y)
 
 
 @pytest.mark.parametrize("backend", ["xla", "cudnn"])

@@ -58,7 +58,9 @@ def test_data_parallelism_adds_the_gradients_once_a_step_and_gathers_nothing():
     assert 4 * n_params <= sum(x.bytes for x in moved) <= 4 * n_params + 100
 
 
-@pytest.mark.parametrize("changes", [{}, {"scan_layers": True}, {"remat": "full"}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, {"scan_layers": True}, {"remat": "full"}, {"dropout": 0.1}], ids=str
+)
 def test_fsdp_gathers_weights_and_sums_their_gradients_but_no_activations(changes):
     """On CPUs XLA writes a reduce-scatter as an all-reduce that is then cut."""
     moved, _ = found(1, 8, 1, **changes)
@@ -81,6 +83,13 @@ def test_mixed_meshes_move_no_activations_but_tensors(sizes, capfd):
     # what is summed over rows' positions is only what "tensor" shares
     assert not busy or sizes[2] > 1
     assert all(x.devices in (0, sizes[2]) for x in busy)
+
+
+@pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 4, 1), (2, 2, 2), (1, 1, 4)], ids=str)
+def test_dropout_moves_no_random_bits_and_no_masks(sizes):
+    """Each device makes those of its own rows and heads."""
+    moved, _ = found(*sizes, dropout=0.1)
+    assert not [x for x in moved for shape in x.shapes if shape.startswith(("u", "pred"))]
 
 
 def test_a_block_under_tensor_parallelism_sums_activations_twice_each_way():

@@ -122,6 +122,12 @@ def room_for_a_copy(tree: Any) -> bool:
     return bool(devices)
 
 
+@jax.jit  # as one program: one by one, each shape would be compiled for
+def copied(tree: Any) -> Any:
+    """Return a copy of each array of a tree, where it lies."""
+    return jax.tree.map(jnp.copy, tree)
+
+
 def digests(tree: Any) -> Callable[[], dict[str, str | None]]:
     """Start to compute the digest of each array; call what is returned for them, by path.
 

@@ -42,7 +42,9 @@ class PlanConfig(TrainConfig):
 def main(argv: list[str]) -> None:
     """Print the plan of a run."""
     config = parse(argv, PlanConfig)
-    use_platform(config.device if config.topology == "local" else "cpu")
+    here = config.topology == "local"
+    # what is compiled for devices that are not there cannot be loaded here
+    use_platform(config.device if here else "cpu", keep_compiled=here)
     target = describe_topology(config.topology)
     found = plan(config, target)
     print(json.dumps(found, indent=1) if config.json else written(found))

@@ -9,23 +9,36 @@ from importlib.util import find_spec
 import jax
 
 from gpt_jax.errors import UserError
+from gpt_jax.runtime.compile_cache import default_folder, keep_whole
 
 # under the first flag JAX 0.11's XLA finds no configuration for the products that the second one
 # keeps from Triton
 DETERMINISTIC = "--xla_gpu_deterministic_ops=true --xla_gpu_enable_triton_gemm=false"
 
 
-def use_platform(device: str, deterministic: bool = False) -> None:
+def use_platform(device: str, deterministic: bool = False, keep_compiled: bool = True) -> None:
     """Choose the platform of a whole process, before anything touches a device: for scripts.
 
     "auto" leaves the choice to JAX. ``deterministic`` has XLA take only GPU kernels that give the
     same bits each time. Raises UserError for a platform that is not there.
+
+    Unless JAX has been told of another folder or of none, compiled programs are kept for the next
+    process in one of the user's own (compile_cache.py), if ``keep_compiled``.
     """
     if deterministic:
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DETERMINISTIC}"
     platform = {"gpu": "cuda"}.get(device, device).split(":")[0]
     if platform != "auto":
         jax.config.update("jax_platforms", platform)
+    named = jax.config.values["jax_compilation_cache_dir"]
+    if named == "":  # to JAX, which knows only None for none, the current folder
+        jax.config.update("jax_compilation_cache_dir", None)
+    wanted = keep_compiled and named is None and jax.config.values["jax_enable_compilation_cache"]
+    if wanted and (folder := default_folder()):
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+        if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        keep_whole(folder)
     accelerated = entry_points(group="jax_plugins") or find_spec("libtpu")
     if "cpu" in (platform, jax.config.values["jax_platforms"]) or not accelerated:
         keep_freed_memory()

@@ -15,7 +15,7 @@ from gpt_jax.commandline import save_config
 from gpt_jax.config import TrainConfig
 from gpt_jax.errors import DamageError, UserError
 from gpt_jax.integrity import check_sizes
-from gpt_jax.model import GPT, crop_block_size
+from gpt_jax.model import GPT
 from gpt_jax.optimizer import make_optimizer
 from gpt_jax.pretrained import load, model_config
 from gpt_jax.runtime import barrier, is_first
@@ -108,6 +108,17 @@ def finetune(
     sharding = state_sharding(mesh, jax.eval_shape(first, params))
     state = jax.jit(first, out_shardings=sharding)(params)
     return GPT(config.continued(model.config)), state
+
+
+def crop_block_size(params: dict[str, Any], block_size: int) -> dict[str, Any]:
+    """Return params for a shorter context: the first ``block_size`` rows of wpe.
+
+    Raises UserError if the model's own context is shorter.
+    """
+    rows = params["wpe"]["weight"].shape[0]
+    if block_size > rows:
+        raise UserError(f"block_size={block_size} is more than the {rows} the model was made with")
+    return {**params, "wpe": {"weight": params["wpe"]["weight"][:block_size]}}
 
 
 def pass_over(config: TrainConfig, error: DamageError) -> None:
