@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from gpt_jax import kernels
 from gpt_jax.errors import UserError
 
 
@@ -20,7 +21,7 @@ def attention(
     Vaswani et al. 2017, "Attention Is All You Need".
     """
     if backend == "auto":
-        backend = "cudnn" if cudnn_can(q, dropout) else "reference"
+        backend = "cudnn" if kernels.cudnn_can(q, dropout) else "reference"
     if backend == "reference":
         return reference(q, k, v, causal_mask(q.shape[1]), dropout, key)
     if dropout:
@@ -28,7 +29,7 @@ def attention(
             f"attention={backend} has no dropout (dropout={dropout}): "
             "use --attention=auto or --dropout=0"
         )
-    if backend == "cudnn" and not cudnn_can(q, dropout):
+    if backend == "cudnn" and not kernels.cudnn_can(q, dropout):
         raise UserError(
             "attention=cudnn needs an NVIDIA GPU, bfloat16 or float16 and a head size that is a "
             f"multiple of 8 up to 128, not {jax.default_backend()}, {q.dtype}, {q.shape[-1]}: "
@@ -78,15 +79,3 @@ def cached_attention(q: Array, k: Array, v: Array, positions: Array) -> Array:
 def causal_mask(T: int) -> Array:
     """Return the (1, 1, T, T) mask in which a query sees itself and what came before."""
     return jnp.tril(jnp.ones((T, T), bool))[None, None]
-
-
-def cudnn_can(q: Array, dropout: float) -> bool:
-    """Return whether cuDNN's fused kernel takes these inputs, (B, T, H, D), on this machine."""
-    return (
-        jax.default_backend() == "gpu"
-        and "NVIDIA" in jax.devices()[0].device_kind
-        and q.dtype in (jnp.bfloat16, jnp.float16)
-        and q.shape[-1] % 8 == 0
-        and q.shape[-1] <= 128
-        and dropout == 0
-    )

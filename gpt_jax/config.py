@@ -165,8 +165,7 @@ class TrainConfig(Hardware):
 
     def continued(self, model: GPTConfig) -> GPTConfig:
         """Return a trained network's config, as this run goes on training it."""
-        ours = ("block_size", "dropout", "matmul_dtype", "attention", "kernels", "remat")
-        ours = (*ours, "scan_layers")
+        ours = "block_size dropout matmul_dtype attention kernels remat scan_layers".split()  # noqa: SIM905
         return replace(model, **{name: getattr(self, name) for name in ours})
 
 

@@ -33,19 +33,15 @@ def cross_entropy(logits: Array, targets: Array) -> tuple[Array, Array]:
 
 
 def cross_entropy_of_projection(
-    x: Array,
-    weight: Array,
-    targets: Array,
-    dtype: str,
-    chunk: int = CHUNK,
-    devices: int = 1,
+    x: Array, weight: Array, targets: Array, dtype: str, chunk: int = CHUNK, devices: int = 1,
     backend: str = "reference",
-) -> tuple[Array, Array]:
+) -> tuple[Array, Array]:  # fmt: skip
     """Return ``cross_entropy(project(x, weight), targets)`` with at most ``chunk`` logits alive.
 
     x is (B, T, C), weight (V, C), targets (B, T). The logits are shared by ``devices``, on each of
     which ``chunk`` may be alive. The pieces run along T, so that B can stay sharded; each piece's
-    logits are made again in the backward pass instead of kept.
+    logits are made again in the backward pass instead of kept. ``backend`` is a config's
+    ``kernels``: where it means ours, each piece's gradients are made beside its loss instead.
     """
     B, T, C = x.shape
     if kernels.use(backend, dtype):

@@ -19,13 +19,9 @@ from gpt_jax import kernels
 from gpt_jax.attention import attention, cached_attention, drop
 from gpt_jax.config import GPTConfig
 from gpt_jax.errors import UserError
-from gpt_jax.kernels import float8
-from gpt_jax.kernels.gelu import gelu as fused_gelu
-from gpt_jax.kernels.layer_norm import add_layer_norm
+from gpt_jax.kernels import float8, layer_norm
+from gpt_jax.kernels.gelu import gelu
 from gpt_jax.loss import cross_entropy_of_projection, project
-
-# of the residual stream: float16's range does not suffice
-STREAM = {"float32": "float32", "bfloat16": "bfloat16", "float16": "float32"}
 
 
 class Cache(NamedTuple):
@@ -60,7 +56,7 @@ class Linear(nn.Module):
     def __call__(self, x: Any) -> Any:
         c = self.config
         xs = x if isinstance(x, list) else [x]
-        batch = xs[0].shape[: xs[0].ndim - len(self.inputs)]
+        shape = *xs[0].shape[: -len(self.inputs)], *self.outputs[self.parts > 1 :]
         weight = self.param("weight", nn.initializers.normal(self.std), self.inputs + self.outputs)
         weight = weight.astype(c.dtype).reshape(math.prod(self.inputs), self.parts, -1)
         # as products of two matrices: over more axes XLA's CPU backend transposes by the element
@@ -70,7 +66,6 @@ class Linear(nn.Module):
         if c.bias:
             bias = self.param("bias", nn.initializers.zeros, self.outputs).astype(c.dtype)
             ys = [y + b for y, b in zip(ys, bias.reshape(len(ys), 1, -1), strict=True)]
-        shape = *batch, *self.outputs[self.parts > 1 :]
         return [y.reshape(shape) for y in ys] if self.parts > 1 else ys[0].reshape(shape)
 
 
@@ -84,24 +79,8 @@ def products(xs: list[Array], weight: Array) -> list[Array]:
     return [jnp.dot(x, weight[:, i], precision=exact) for i, x in enumerate(xs)]
 
 
-def gelu(x: Array, approximate: bool) -> Array:
-    """Return GELU(x) (Hendrycks & Gimpel 2016): exact as in nanoGPT, or tanh as in GPT-2.
-
-    The exact form is written with erf; jax.nn.gelu uses erfc, which costs twice as much on a CPU.
-    """
-    if approximate:
-        return nn.gelu(x, approximate=True)
-    if x.dtype != jnp.float32:
-        return fused_gelu(x)
-    y = x.astype(jnp.float32)
-    return (0.5 * y * (1 + jax.lax.erf(y * math.sqrt(0.5)))).astype(x.dtype)
-
-
 class LayerNorm(nn.Module):
-    """Add y to the stream x, and normalise: float32, two-pass variance, eps 1e-5, as PyTorch does.
-
-    Returns x + y and the normed rows, once for each of their ``uses``.
-    """
+    """Add y to the stream x, and normalise: returns x + y, then that normed, once for each use."""
 
     config: GPTConfig
     uses: int = 1
@@ -111,15 +90,8 @@ class LayerNorm(nn.Module):
         c, shape = self.config, (self.config.n_embd,)
         weight = self.param("weight", nn.initializers.ones, shape)
         bias = self.param("bias", nn.initializers.zeros, shape) if c.bias else None
-        if kernels.use(c.kernels, c.dtype):
-            return add_layer_norm(x, y, weight, bias, self.uses)
-        x = x if y is None else x + y
-        normed = x.astype(jnp.float32)
-        normed -= normed.mean(-1, keepdims=True)
-        normed *= jax.lax.rsqrt(jnp.square(normed).mean(-1, keepdims=True) + 1e-5)
-        normed *= weight[None, None]
-        normed = normed if bias is None else normed + bias[None, None]
-        return x, *[normed] * self.uses
+        norm = layer_norm.fused if kernels.use(c.kernels, c.dtype) else layer_norm.reference
+        return norm(x, y, weight, bias, self.uses)
 
 
 class Embedding(nn.Module):
@@ -224,7 +196,7 @@ class GPT(nn.Module):
         self.ln_f = LayerNorm(c)
 
     def features(self, tokens: Array, positions=None, cache=None, deterministic: bool = True):
-        """Return the final features, float32 (B, T, C), of ``tokens`` (B, T), and the cache."""
+        """Return the final features (B, T, C) of ``tokens`` (B, T), and the cache."""
         if tokens.shape[1] > self.config.block_size:
             raise UserError(
                 f"Cannot forward sequence of length {tokens.shape[1]}, "
@@ -233,7 +205,9 @@ class GPT(nn.Module):
         if positions is None:
             positions = jnp.arange(tokens.shape[1])[None]
         x = dropped(self, self.wte(tokens) + self.wpe(positions), deterministic)
-        x, cache = self.h(x.astype(STREAM[self.config.dtype]), cache, positions, deterministic)
+        # the residual stream: float16's range would not suffice
+        x = x.astype("bfloat16" if self.config.dtype == "bfloat16" else "float32")
+        x, cache = self.h(x, cache, positions, deterministic)
         return self.ln_f(x)[1], cache
 
     def __call__(self, tokens: Array, deterministic: bool = True) -> Array:

@@ -11,13 +11,14 @@ from flax import struct
 from jax import Array
 from jax.sharding import Mesh
 
+from gpt_jax.integrity import is_spike
 from gpt_jax.kernels import float8
 from gpt_jax.model import GPT
 from gpt_jax.sharding import reduced_once, state_sharding, total_loss
 
 LARGEST_SCALE = 2.0**24
 SCALE_DOUBLES_AFTER = 2000  # updates without an overflow, as PyTorch's GradScaler
-WINDOW, ENOUGH = 128, 32  # updates that a spike stands out from: at most, at least
+WINDOW = 128  # updates that a spike stands out from, at most
 
 
 class TrainState(struct.PyTreeNode):
@@ -143,14 +144,6 @@ def at_step(opt_state: Any, step: Array) -> Any:
         opt_state,
         is_leaf=is_schedule,
     )
-
-
-def is_spike(recent: Array, loss: Array, grad_norm: Array, zscore: float) -> Array:
-    """Return whether one of the two is ``zscore`` standard deviations above ``recent``'s."""
-    known = recent >= 0
-    mean, deviation = recent.mean(1, where=known), recent.std(1, where=known)
-    above = jnp.stack([loss, grad_norm]) - mean
-    return ((known.sum(1) >= ENOUGH) & (above > zscore * deviation)).any()
 
 
 def rescale(state: TrainState, finite: Array) -> TrainState:

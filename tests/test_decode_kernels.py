@@ -10,11 +10,9 @@ import pytest
 
 from gpt_jax import GPT, GPTConfig
 from gpt_jax.kernels.decode import (
-    GROUPS,
     attend,
     can_decode,
     joined,
-    kth_largest,
     linear,
     next_logits,
     plain_linear,
@@ -112,22 +110,6 @@ def test_attention_in_parts_is_the_softmax_over_the_slots_so_far(B):
     np.testing.assert_allclose(joined(parts), expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("V", [50, 1024, 5000])
-@pytest.mark.parametrize("k", [1, 2, 40, 1500])
-def test_the_kth_largest_is_that_of_a_sort_to_the_bit(V, k):
-    """With ties, both zeros, infinities, and all values equal."""
-    k = min(k, V)
-    x = normal(1, 6, V, scale=4)
-    x = x.at[1].set(x[1].astype(jnp.bfloat16).astype(jnp.float32) / 0.8)  # ties, as logits have
-    x = x.at[2].set(2.5).at[3].set(jnp.where(jnp.arange(V) % 3 == 0, -0.0, -1e-40))
-    x = x.at[4, V // 2 :].set(-jnp.inf).at[5].set(-jnp.abs(x[5]))
-    expected = jax.lax.top_k(x, k)[0][:, -1]
-    padded = jnp.pad(x, ((0, 0), (0, -V % GROUPS))).reshape(6, -1, GROUPS)
-    real = (jnp.arange(padded[0].size) < V).reshape(-1, GROUPS)
-    ours = jax.vmap(lambda x: kth_largest(x, real, k))(padded)
-    np.testing.assert_array_equal(ours, expected)
-
-
 @pytest.mark.parametrize("n_tokens", [0, 180])
 def test_a_token_drawn_in_a_kernel_is_the_one_drawn_without(n_tokens):
     """By the same random bits; logits of 16 bits have ties."""
@@ -137,6 +119,26 @@ def test_a_token_drawn_in_a_kernel_is_the_one_drawn_without(n_tokens):
         plain = next_token(logits, keys, rule, n_tokens)
         np.testing.assert_array_equal(next_token(logits, keys, rule, n_tokens, True), plain)
     assert len(set(plain.tolist())) > 50
+
+
+@pytest.mark.parametrize(("V", "k"), [(2000, 1), (2000, 200), (300, 299), (130, 7)])
+def test_a_draw_keeps_all_that_tie_with_the_kth_and_nothing_below_it(V, k):
+    """Ties, both zeros, infinities, all values equal, all below 0: each row drawn many times."""
+    x = normal(1, 6, V, scale=4)
+    x = x.at[1].set(x[1].astype(jnp.bfloat16).astype(jnp.float32))
+    x = x.at[2].set(2.5).at[3].set(jnp.where(jnp.arange(V) % 3 == 0, -0.0, -1e-30))
+    x = x.at[4, V // 2 :].set(-jnp.inf).at[5].set(-jnp.abs(x[5]))
+    x = jnp.repeat(x, 8, axis=0)
+    keys, rule = jax.random.split(jax.random.key(3), len(x)), Rule(1.3, k)
+    draw = jax.jit(next_token, static_argnums=(2, 3, 4))
+    np.testing.assert_array_equal(draw(x, keys, rule, 0, True), draw(x, keys, rule, 0, False))
+
+
+def test_a_draw_from_no_numbers_ends():
+    x = jnp.full((3, 40), jnp.nan).at[1].set(-jnp.inf).at[2, ::2].set(1.0)
+    keys = jax.random.split(jax.random.key(3), 3)
+    tokens = np.asarray(next_token(x, keys, Rule(1.0, 5), 0, True))
+    assert ((tokens >= 0) & (tokens < 40)).all()
 
 
 def test_texts_through_the_kernels_are_the_plain_ones():

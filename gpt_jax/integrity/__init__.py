@@ -30,6 +30,7 @@ KINDS = {  # of what a checkpoint's JSON must hold
     "iter": int, "val_loss": float | None, "best_val_loss": float | None, "wandb_id": str | None,
     "config": dict, "model": dict, "tokenizer": dict, "digests": dict, "sha256": str,
 }  # fmt: skip
+ENOUGH = 32  # updates before a spike can stand out from them
 HIGHEST_RATIO = 1000  # bytes of arrays to a byte on the disk
 
 
@@ -259,3 +260,11 @@ def reading(path: Path) -> Iterator[None]:
         if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED: Out of memory" in str(error):
             raise
         raise DamageError(f"{path} is damaged ({in_a_line(error)})") from None
+
+
+def is_spike(recent: Array, loss: Array, grad_norm: Array, zscore: float) -> Array:
+    """Return whether one of the two is ``zscore`` standard deviations above ``recent``'s."""
+    known = recent >= 0
+    mean, deviation = recent.mean(1, where=known), recent.std(1, where=known)
+    above = jnp.stack([loss, grad_norm]) - mean
+    return ((known.sum(1) >= ENOUGH) & (above > zscore * deviation)).any()

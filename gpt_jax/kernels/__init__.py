@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 from jax.experimental import pallas as pl
 
 
@@ -30,6 +31,18 @@ def why_not(dtype: Any) -> str | None:
 def use(kernels: str, dtype: Any) -> bool:
     """Return whether a config's ``kernels`` means Pallas, here and with products in ``dtype``."""
     return kernels == "pallas" or (kernels == "auto" and why_not(dtype) is None)
+
+
+def cudnn_can(q: Array, dropout: float) -> bool:
+    """Return whether cuDNN's fused kernel takes these inputs, (B, T, H, D), on this machine."""
+    return (
+        jax.default_backend() == "gpu"
+        and "NVIDIA" in jax.devices()[0].device_kind
+        and q.dtype in (jnp.bfloat16, jnp.float16)
+        and q.shape[-1] % 8 == 0
+        and q.shape[-1] <= 128
+        and dropout == 0
+    )
 
 
 def launch(kernel: Any, *, warps: int, stages: int = 1, **arguments: Any) -> Any:

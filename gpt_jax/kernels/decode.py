@@ -19,14 +19,14 @@ from jax.experimental.pallas import triton as plt
 
 from gpt_jax.config import GPTConfig
 from gpt_jax.kernels import launch, power_of_2, use
-from gpt_jax.model import Cache, gelu
+from gpt_jax.kernels.gelu import gelu
+from gpt_jax.model import Cache
 
 FEW = 4  # rows up to which a product is bound by reading its weight, and not by arithmetic
-PROGRAMS = 132  # of a grid, at least: Hopper's multiprocessors, all of which must read
+PROGRAMS = 264  # of a grid, at least: two for each of Hopper's multiprocessors, all must read
 TILE = 32768  # weights of a program, all asked for at once: 64 KB in flight
 SLOTS = 128  # of the cache, read at once
 SPLITS = 8  # programs that share a row's slots of a head, at most
-GROUPS = 1024  # the first look for the k-th largest is at the largest of each
 
 
 class Layer(NamedTuple):
@@ -228,23 +228,25 @@ def linear_kernel(weight, *refs, inputs, given, width, height, activation):
     def vector(ref, *index):
         return plt.load(ref.at[*index, columns], mask=real, other=0)
 
+    def outputs(ref, *index):
+        return plt.load(ref.at[*index, rows], mask=inside, other=0)
+
+    scale, shift = (None if ref is None else vector(ref) for ref in (scale, shift))
+    bias = None if bias is None else outputs(bias)
     for b in range(x[0].shape[0]):
+        more = None if residual is None else outputs(residual, b)
         y = join_parts(x, b, columns, real) if inputs == 3 else vector(x[0], b)
         y = y.astype(jnp.float32)
         if scale is not None:
             y = jnp.where(real, y - y.sum() / K, 0)
-            y *= jax.lax.rsqrt((y * y).sum() / K + 1e-5) * vector(scale)
-            y = y if shift is None else y + vector(shift)
+            y *= jax.lax.rsqrt((y * y).sum() / K + 1e-5) * scale
+            y = y if shift is None else y + shift
         y = y.astype(weight.dtype).astype(jnp.float32)
         y = (tile * y[None, :]).sum(1)
-        if bias is not None:
-            y += plt.load(bias.at[rows], mask=inside, other=0)
+        y = y if bias is None else y + bias
         if activation:
             y = 0.5 * y * (1 + (tanh_of_gelu(y) if activation == "tanh" else erf(y * 0.5**0.5)))
-        if residual is None:
-            y = y.astype(weight.dtype)
-        else:
-            y += plt.load(residual.at[b, rows], mask=inside, other=0)
+        y = y.astype(weight.dtype) if more is None else y + more
         plt.store(out.at[b, rows], y.astype(out.dtype), mask=inside)
 
 
@@ -253,17 +255,18 @@ def join_parts(parts, b, columns, real):
     sums, maxima, weights = parts
     _, n, C = sums.shape
     heads = columns // (C // maxima.shape[2])
-    load = [partial(plt.load, mask=real, other=other) for other in (0, 0, 1)]
-    tops = [load[1](maxima.at[b, i, heads]) for i in range(n)]
-    top = tops[0]
-    for other in tops[1:]:
-        top = jnp.maximum(top, other)
-    total, weight = jnp.zeros_like(top), jnp.zeros_like(top)
-    for i in range(n):
-        scale = jnp.exp(tops[i] - top)
-        total += scale * load[0](sums.at[b, i, columns])
-        weight += scale * load[2](weights.at[b, i, heads])
-    return total / weight
+    load = partial(plt.load, mask=real)
+    each = [  # all are asked for before the first is waited for
+        (load(maxima.at[b, i, heads], other=0), load(sums.at[b, i, columns], other=0),
+         load(weights.at[b, i, heads], other=1))
+        for i in range(n)
+    ]  # fmt: skip
+    top = each[0][0]
+    for maximum, _, _ in each[1:]:
+        top = jnp.maximum(top, maximum)
+    scales = [jnp.exp(maximum - top) for maximum, _, _ in each]
+    total = sum(scale * part for scale, (_, part, _) in zip(scales, each, strict=True))
+    return total / sum(scale * part for scale, (_, _, part) in zip(scales, each, strict=True))
 
 
 def tanh_of_gelu(x):
@@ -358,16 +361,16 @@ def draw_top_k(logits: Array, keys: Array, temperature: float, k: int, n_tokens:
     """Return sampling.next_token's tokens, int32 (B,), for a rule of a temperature and a top-k.
 
     logits are (B, V), keys (B,). The noise is jax.random's own; the rest is one kernel, a program a
-    row, which keeps the row in its registers and does not sort: the k-th largest is searched for by
-    bisection over the bits of a float, which are ordered as an integer's are.
+    row, which keeps the row in its registers and does not sort. Argmax of logits + Gumbel noise
+    draws from the softmax: jax.random.categorical, with its bits. The best of all is the best of
+    the k likeliest if it is one of them, which a count of those above it tells. If it is not, then
+    nor is anything below it, and the best of what is above is looked at next.
     """
     B, V = logits.shape
-    # argmax(logits + gumbel) draws from the softmax: jax.random.categorical, with its bits
     noise = jax.vmap(lambda key: jax.random.gumbel(key, (V,)))(keys)
-    width = max(GROUPS, power_of_2(V))
-    known = n_tokens or V
+    width = power_of_2(V)
     return launch(
-        partial(draw_kernel, temperature=temperature, k=k, known=known, width=width),
+        partial(draw_kernel, temperature=temperature, k=k, known=n_tokens or V, width=width),
         grid=(B,),
         out_shape=jax.ShapeDtypeStruct((B,), jnp.int32),
         warps=32 if width > 2**14 else 8,
@@ -377,57 +380,19 @@ def draw_top_k(logits: Array, keys: Array, temperature: float, k: int, n_tokens:
 
 def draw_kernel(logits, noise, out, *, temperature, k, known, width):
     """Draw one row's token."""
-    b, V = pl.program_id(0), logits.shape[1]
-    places = jnp.arange(width // GROUPS)[:, None] * GROUPS + jnp.arange(GROUPS)[None, :]
-    real = places < V
-    x = plt.load(logits.at[b, places], mask=real, other=0).astype(jnp.float32) / temperature
-    x = jnp.where(places < known, x, -jnp.inf)
-    score = x + plt.load(noise.at[b, places], mask=real, other=0)
-    score = jnp.where(x >= kth_largest(x, real, k), score, -jnp.inf)
-    best = jnp.where(score == score.max(), places, width).min()
-    out[b] = jnp.where(best < V, best, 0)  # of NaNs, as argmax takes them
+    row, V = pl.program_id(0), logits.shape[1]
+    places = jnp.arange(width)
+    x = plt.load(logits.at[row, places], mask=places < V, other=0).astype(jnp.float32)
+    x = jnp.where(places < known, x / temperature, -jnp.inf)
+    score = x + plt.load(noise.at[row, places], mask=places < V, other=0)
 
+    def best_above(carry):
+        _, below, _ = carry
+        left = jnp.where(x > below, score, -jnp.inf)
+        best = jnp.where(left == left.max(), places, width).min()
+        value = jnp.where(places == best, x, -jnp.inf).max()
+        return best, value, (x > value).astype(jnp.int32).sum()
 
-def kth_largest(x, real, k):
-    """Return the k-th largest of what is real of x, float32 (width / GROUPS, GROUPS)."""
-    lowest, highest = jnp.iinfo(jnp.int32).min, jnp.iinfo(jnp.int32).max
-    bits = jax.lax.bitcast_convert_type(x, jnp.int32)
-    # a negative float's bits fall where it rises
-    keys = jnp.where(real, jnp.where(bits < 0, bits ^ highest, bits), lowest)
-
-    def middle(low, high):
-        return (low & high) + ((low ^ high) >> 1)  # (low + high) // 2 overflows
-
-    def halve(values, steps, low, high):
-        """At least k values are >= low, fewer than k are >= high."""
-
-        def step(_, bounds):
-            low, high = bounds
-            mid = middle(low, high)
-            enough = (values >= mid).astype(jnp.int32).sum() >= k
-            return jnp.where(enough, mid, low), jnp.where(enough, high, mid)
-
-        return jax.lax.fori_loop(0, steps, step, (low, high))
-
-    low, high = jnp.where(real, keys, highest).min(), keys.max() + 1
-    if k <= GROUPS:  # k groups' largest are k values, so that their k-th largest is a lower bound
-        tops = keys.max(0)
-        low, _ = halve(tops, 12, jnp.maximum(low, tops.min()), high)
-    low, high = halve(keys, 6, low, high)
-
-    # what is left holds few different values: from here on the bounds are values that there are
-    def ends(low, high):
-        return (
-            jnp.where(keys >= low, keys, highest).min(),
-            jnp.where(keys < high, keys, lowest).max(),
-        )
-
-    def narrow(bounds):
-        low, high = bounds
-        mid = middle(low, high) + 1
-        enough = (keys >= mid).astype(jnp.int32).sum() >= k
-        return ends(jnp.where(enough, mid, low), jnp.where(enough, high + 1, mid))
-
-    low, high = jax.lax.while_loop(lambda bounds: bounds[0] < bounds[1], narrow, ends(low, high))
-    low = jnp.where(low < 0, low ^ highest, low)
-    return jax.lax.bitcast_convert_type(low, jnp.float32)
+    start = (jnp.int32(0), jnp.float32(-jnp.inf), jnp.int32(k))
+    best, _, _ = jax.lax.while_loop(lambda carry: carry[2] >= k, best_above, start)
+    out[row] = jnp.where(best < V, best, 0)  # of NaNs, as argmax takes them

@@ -201,7 +201,7 @@ def as_if_there(target: Target) -> Iterator[None]:
             }
             for name, answer in answers.items():
                 stack.enter_context(mock.patch.object(cudnn, name, answer))
-            stack.enter_context(mock.patch("gpt_jax.attention.cudnn_can", return_value=True))
+            stack.enter_context(mock.patch("gpt_jax.kernels.cudnn_can", return_value=True))
             stack.enter_context(mock.patch("gpt_jax.kernels.why_not", return_value=None))
             stack.enter_context(mock.patch("gpt_jax.kernels.no_gpu", return_value=False))
             with suppress(ImportError):  # of versions before 0.11, which took a Hopper for granted
