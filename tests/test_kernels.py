@@ -214,6 +214,15 @@ def test_kernels_are_used_by_themselves_where_they_can_be_compiled(monkeypatch, 
     assert kernels.use("pallas", dtype)
 
 
+def test_a_jax_without_the_lowering_goes_without_the_kernels(monkeypatch):
+    monkeypatch.setattr(jax, "devices", lambda: [device()])
+    monkeypatch.setattr(kernels, "triton", None)
+    assert "no Triton lowering" in kernels.why_not("bfloat16")
+    assert not kernels.use("auto", "bfloat16")
+    with pytest.raises(UserError, match=r"kernels=pallas: this version of JAX has no.*=auto"):
+        kernels.use("pallas", "bfloat16")
+
+
 def test_on_this_cpu_the_network_uses_none():
     model = GPT(GPTConfig(**SIZES, dtype="bfloat16"))
     tokens = jnp.zeros((1, 4), jnp.int32)

@@ -1,6 +1,8 @@
 """Kernels of our own for NVIDIA GPUs, in Pallas; each has a slow reference that tests hold it to.
 
-They go through Pallas's Triton lowering. Anywhere else they can be interpreted, slowly: for tests.
+They go through Pallas's Triton lowering, which JAX 0.11 calls deprecated: its successor, Mosaic GPU,
+has neither Ampere nor masked loads. Where it is missing, as on all other hardware, the references
+are used. Anywhere they can be interpreted, slowly: for tests.
 """
 
 from typing import Any
@@ -10,6 +12,13 @@ import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
 
+from gpt_jax.errors import UserError
+
+try:
+    from jax.experimental.pallas import triton
+except ImportError:
+    triton: Any = None
+
 
 def why_not(dtype: Any) -> str | None:
     """Return why the kernels cannot be compiled for what is here and this dtype; None if they can.
@@ -17,6 +26,8 @@ def why_not(dtype: Any) -> str | None:
     They are made for 16-bit arrays on an NVIDIA GPU of compute capability 8 (Ampere) or later.
     """
     device = jax.devices()[0]
+    if triton is None:
+        return "this version of JAX has no Triton lowering for Pallas"
     if device.platform != "gpu" or "NVIDIA" not in device.device_kind:
         return f"they are for NVIDIA GPUs, not {device.device_kind}"
     if int(str(device.compute_capability).split(".")[0]) < 8:
@@ -29,7 +40,12 @@ def why_not(dtype: Any) -> str | None:
 
 
 def use(kernels: str, dtype: Any) -> bool:
-    """Return whether a config's ``kernels`` means Pallas, here and with products in ``dtype``."""
+    """Return whether a config's ``kernels`` means Pallas, here and with products in ``dtype``.
+
+    Raises UserError where it asks for what this JAX no longer has.
+    """
+    if kernels == "pallas" and triton is None:
+        raise UserError(f"kernels=pallas: {why_not(dtype)}: use --kernels=auto")
     return kernels == "pallas" or (kernels == "auto" and why_not(dtype) is None)
 
 
@@ -50,8 +66,6 @@ def launch(kernel: Any, *, warps: int, stages: int = 1, **arguments: Any) -> Any
 
     Interpreted where there is no GPU.
     """
-    from jax.experimental.pallas import triton  # only here: JAX has begun to retire it
-
     parameters = triton.CompilerParams(num_warps=warps, num_stages=stages)
     return pl.pallas_call(kernel, compiler_params=parameters, interpret=no_gpu(), **arguments)
 

@@ -15,10 +15,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plt
 
 from gpt_jax.config import GPTConfig
-from gpt_jax.kernels import launch, power_of_2, use
+from gpt_jax.kernels import launch, power_of_2, triton, use
 from gpt_jax.kernels.gelu import gelu
 from gpt_jax.model import Cache
 
@@ -220,16 +219,16 @@ def linear_kernel(weight, *refs, inputs, given, width, height, activation):
     rows, columns = pl.program_id(0) * height + jnp.arange(height), jnp.arange(width)
     inside, real = rows < N, columns < K
     # asked for before anything else is waited for; a weight is read once and by one program
-    tile = plt.load(
+    tile = triton.load(
         weight.at[rows[:, None], columns[None, :]], mask=inside[:, None] & real[None, :],
         other=0, eviction_policy="evict_first",
     ).astype(jnp.float32)  # fmt: skip
 
     def vector(ref, *index):
-        return plt.load(ref.at[*index, columns], mask=real, other=0)
+        return triton.load(ref.at[*index, columns], mask=real, other=0)
 
     def outputs(ref, *index):
-        return plt.load(ref.at[*index, rows], mask=inside, other=0)
+        return triton.load(ref.at[*index, rows], mask=inside, other=0)
 
     scale, shift = (None if ref is None else vector(ref) for ref in (scale, shift))
     bias = None if bias is None else outputs(bias)
@@ -247,7 +246,7 @@ def linear_kernel(weight, *refs, inputs, given, width, height, activation):
         if activation:
             y = 0.5 * y * (1 + (tanh_of_gelu(y) if activation == "tanh" else erf(y * 0.5**0.5)))
         y = y.astype(weight.dtype) if more is None else y + more
-        plt.store(out.at[b, rows], y.astype(out.dtype), mask=inside)
+        triton.store(out.at[b, rows], y.astype(out.dtype), mask=inside)
 
 
 def join_parts(parts, b, columns, real):
@@ -255,7 +254,7 @@ def join_parts(parts, b, columns, real):
     sums, maxima, weights = parts
     _, n, C = sums.shape
     heads = columns // (C // maxima.shape[2])
-    load = partial(plt.load, mask=real)
+    load = partial(triton.load, mask=real)
     each = [  # all are asked for before the first is waited for
         (load(maxima.at[b, i, heads], other=0), load(sums.at[b, i, columns], other=0),
          load(weights.at[b, i, heads], other=1))
@@ -321,7 +320,7 @@ def attend_kernel(positions, qkv, k_in, v_in, sums, maxima, weights, k_out, v_ou
     D = k_in.shape[3]
     position, first, dims = positions[b], s * share, jnp.arange(width)
     real = dims < D
-    q, new_k, new_v = (plt.load(qkv.at[b, i, h, dims], mask=real, other=0) for i in range(3))
+    q, new_k, new_v = (triton.load(qkv.at[b, i, h, dims], mask=real, other=0) for i in range(3))
     q = q.astype(jnp.float32) * (1 / math.sqrt(D))
 
     def block(i, carry):
@@ -332,7 +331,7 @@ def attend_kernel(positions, qkv, k_in, v_in, sums, maxima, weights, k_out, v_ou
         # the slot of this position may not be written yet
         old = ((slots < position)[:, None] & real[None, :], (slots == position)[:, None])
         k, v = (
-            jnp.where(old[1], new[None, :], plt.load(ref.at[index], mask=old[0], other=0))
+            jnp.where(old[1], new[None, :], triton.load(ref.at[index], mask=old[0], other=0))
             for ref, new in ((k_in, new_k), (v_in, new_v))
         )
         scores = (k.astype(jnp.float32) * q[None, :]).sum(1)
@@ -346,12 +345,12 @@ def attend_kernel(positions, qkv, k_in, v_in, sums, maxima, weights, k_out, v_ou
     zero = jnp.float32(0)
     start = (jnp.zeros(width, jnp.float32), jnp.float32(-1e30), zero)
     total, top, weight = jax.lax.fori_loop(0, blocks, block, start)
-    plt.store(sums.at[b, s, h * D + dims], total, mask=real)
+    triton.store(sums.at[b, s, h * D + dims], total, mask=real)
     maxima[b, s, h] = top
     weights[b, s, h] = weight
     mine = real & (position >= first) & (position < first + share)
-    plt.store(k_out.at[b, position, h, dims], new_k, mask=mine)
-    plt.store(v_out.at[b, position, h, dims], new_v, mask=mine)
+    triton.store(k_out.at[b, position, h, dims], new_k, mask=mine)
+    triton.store(v_out.at[b, position, h, dims], new_v, mask=mine)
 
 
 # ---- sampling ----
@@ -382,9 +381,9 @@ def draw_kernel(logits, noise, out, *, temperature, k, known, width):
     """Draw one row's token."""
     row, V = pl.program_id(0), logits.shape[1]
     places = jnp.arange(width)
-    x = plt.load(logits.at[row, places], mask=places < V, other=0).astype(jnp.float32)
+    x = triton.load(logits.at[row, places], mask=places < V, other=0).astype(jnp.float32)
     x = jnp.where(places < known, x / temperature, -jnp.inf)
-    score = x + plt.load(noise.at[row, places], mask=places < V, other=0)
+    score = x + triton.load(noise.at[row, places], mask=places < V, other=0)
 
     def best_above(carry):
         _, below, _ = carry

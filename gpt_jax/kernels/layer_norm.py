@@ -7,9 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton
 
-from gpt_jax.kernels import launch, power_of_2
+from gpt_jax.kernels import launch, power_of_2, triton
 
 EPSILON = 1e-5
 TILE = 4096  # elements that a program works on at once
