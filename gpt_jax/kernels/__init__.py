@@ -1,8 +1,8 @@
 """Kernels of our own for NVIDIA GPUs, in Pallas; each has a slow reference that tests hold it to.
 
-They go through Pallas's Triton lowering, which JAX 0.11 calls deprecated: its successor, Mosaic GPU,
-has neither Ampere nor masked loads. Where it is missing, as on all other hardware, the references
-are used. Anywhere they can be interpreted, slowly: for tests.
+They go through Pallas's Triton lowering, which JAX 0.11 calls deprecated; its successor, Mosaic
+GPU, begins with Hopper. Where it is missing, as on all other hardware, the references are used.
+Anywhere they can be interpreted, slowly: for tests.
 """
 
 from typing import Any
