@@ -60,5 +60,5 @@ def roofline(
 def assumptions(target: Target) -> str:
     """Return what the estimate takes for granted, in one line."""
     chip: Any = target.chip
-    source = "measured, GPT-2 124M on one H200" if chip.measured else "assumed, not measured"
+    source = "measured, GPT-2 124M on one H100" if chip.measured else "assumed, not measured"
     return ASSUMPTIONS.format(share=chip.efficiency, source=source)

@@ -33,16 +33,17 @@ class Chip(NamedTuple):
 
 
 # A TPU's memory is what its compiler says is available; an H200's what its driver leaves. The one
-# efficiency measured is that of GPT-2 124M at 12 rows on an H200: 39.5 % MFU, 457k tokens/s. A TPU
-# 7x shows each of its two cores as a device, with half of everything.
+# efficiency measured is that of GPT-2 124M at 64 rows on an H100 (docs/performance.md); an H200 is
+# the same processor with faster memory. A TPU 7x shows each of its two cores as a device, with half
+# of everything.
 CHIPS = {
     "v4": Chip(30.75 * GIB, 1.228e12, 300e9, 6.25e9, 0.4, False),
     "v5e": Chip(15.75 * GIB, 0.819e12, 200e9, 3.125e9, 0.4, False),
     "v5p": Chip(95.74 * GIB, 2.765e12, 600e9, 6.25e9, 0.4, False),
     "v6e": Chip(31.25 * GIB, 1.640e12, 448e9, 6.25e9, 0.4, False),
     "tpu7x": Chip(94.75 * GIB, 3.690e12, 600e9, 6.25e9, 0.4, False),
-    "h100": Chip(79.1 * GIB, 3.35e12, 450e9, 50e9, 0.4, False),
-    "h200": Chip(139.8 * GIB, 4.8e12, 450e9, 50e9, 0.4, True),
+    "h100": Chip(79.1 * GIB, 3.35e12, 450e9, 50e9, 0.486, True),
+    "h200": Chip(139.8 * GIB, 4.8e12, 450e9, 50e9, 0.486, False),
 }
 KINDS = {  # device_kind of a local device, and the chip that it is; the longest match counts
     "TPU v4": "v4",
