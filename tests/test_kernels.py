@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.extend.core import jaxprs_in_params
+from test_loss import shapes_in
 
 from gpt_jax import kernels
 from gpt_jax.config import GPTConfig
@@ -126,14 +126,6 @@ def mean_and_gradients(x, weight, backend, chunk):
 def test_gradients_made_in_the_forward_pass_are_those_of_the_plain_loss(chunk):  # C34
     ours = mean_and_gradients(X, W, "pallas", chunk)
     close(ours, mean_and_gradients(X, W, "reference", B * T * V), 1e-6)
-
-
-def shapes_in(jaxpr):
-    for equation in jaxpr.eqns:
-        for x in equation.outvars:
-            yield x.aval.shape
-        for inner in jaxprs_in_params(equation.params):
-            yield from shapes_in(inner)
 
 
 def test_no_more_logits_than_a_chunk_exist_at_once():
