@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from gpt_jax.data import Split, place
 from gpt_jax.errors import Stopped, UserError
 from gpt_jax.model import GPT
-from gpt_jax.sharding import batch_sharding, row_shards, total_loss
+from gpt_jax.sharding import batch_sharding, reduced_once, row_shards, total_loss
 from gpt_jax.tokenizer import Tokenizer
 
 
@@ -25,23 +25,23 @@ class Evaluation:
     tokens: int
     bits_per_byte: float | None = None
 
-    @property
-    def perplexity(self) -> float:
-        """Return e to the loss."""
-        return math.exp(min(self.loss, 700))
-
 
 def make_eval_step(
     model: GPT, mesh: Mesh | None = None
 ) -> Callable[[Any, Array, Array], tuple[Array, Array]]:
     """Return a jitted ``f(params, tokens, targets) -> (summed nats, counted targets)``.
 
-    tokens and targets are int32 (B, T); a target of -1 is left out. No dropout.
+    tokens and targets are int32 (B, T); a target of -1 is left out. No dropout, and no products in
+    8 bits: those are for training.
     """
+    model = model.clone(config=replace(model.config, matmul_dtype="auto"))
+
+    def sums_of(params, tokens, targets, _):
+        return total_loss(mesh, model, params, tokens[0], targets[0])
 
     @jax.jit
     def eval_step(params: Any, tokens: Array, targets: Array) -> Any:
-        return total_loss(mesh, model, params, tokens, targets)
+        return reduced_once(mesh, sums_of)(params, tokens[None], targets[None])
 
     return eval_step
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from gpt_jax import checkpoint
+from gpt_jax import checkpoint, kernels
 from gpt_jax.config import GPTConfig
 from gpt_jax.errors import DamageError, UserError
 from gpt_jax.integrity import check_sizes
@@ -32,11 +32,11 @@ def load(
         model, arrays, tokenizer = gpt2.load(source, product_dtype(dtype))
         params = jax.tree.map(
             lambda x, sharding: jax.make_array_from_callback(x.shape, sharding, x.__getitem__),
-            arrays,
-            state_sharding(mesh, arrays),
-        )
-        return model, params, tokenizer
-    return load_run(source, step, dtype, mesh)[:3]
+            arrays, state_sharding(mesh, arrays),
+        )  # fmt: skip
+    else:
+        model, params, tokenizer, _ = load_run(source, step, dtype, mesh)
+    return model if mesh.size == 1 else kernels.without(model), params, tokenizer
 
 
 def load_run(
@@ -66,7 +66,7 @@ def load_run(
 def model_config(meta: dict[str, Any], dtype: str, tokenizer: Tokenizer) -> GPTConfig:
     """Return the config of a checkpoint's model, to compute in ``dtype``."""
     try:
-        ours = {"dtype": product_dtype(dtype), "matmul_dtype": "auto"}
+        ours = {"dtype": product_dtype(dtype), "matmul_dtype": "auto", "kernels": "auto"}
         return GPTConfig(**{**meta["model"], **ours, "n_tokens": tokenizer.n_tokens})
     except TypeError as error:
         raise UserError(f"the checkpoint's model is of another version: {error}") from None

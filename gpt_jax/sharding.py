@@ -8,7 +8,6 @@ the communication; all it is told is in this file.
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import flax.linen as nn
@@ -17,6 +16,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from gpt_jax import kernels
 from gpt_jax.config import TrainConfig
 from gpt_jax.errors import UserError
 
@@ -150,8 +150,7 @@ def total_loss(mesh: Mesh | None, model: Any, params: Any, *batch: Any, rngs: An
     if mesh is None or sums_apart(mesh):
         return model.apply({"params": params}, *batch, rngs=rngs, method="total_loss")
     rows = NamedSharding(mesh, PartitionSpec(ROWS))
-    # XLA cannot cut our kernels, as it cuts its own
-    model = model.clone(config=replace(model.config, kernels="reference"))
+    model = kernels.without(model)
 
     def keep_rows(call, args, kwargs, context):
         y = call(*args, **kwargs)

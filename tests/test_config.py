@@ -85,6 +85,7 @@ OURS = {
     "deterministic": False,
     "activation": "gelu",
     "attention": "auto",
+    "kernels": "auto",
     "remat": "none",
     "matmul_dtype": "auto",
     "scan_layers": False,
@@ -215,6 +216,7 @@ def test_a_default_network_is_nanogpts():
         "float32",
         "auto",
         "auto",
+        "auto",
         "none",
         False,
         0,
@@ -275,12 +277,14 @@ def test_model_config_takes_over_every_key_of_the_network():
         activation="gelu_tanh",
         matmul_dtype="float8",
         attention="xla",
+        kernels="reference",
         remat="dots",
         scan_layers=True,
     )
     assert config.model_config(65, "bfloat16", 60) == GPTConfig(
-        64, 65, 3, 2, 10, 0.1, True, "gelu_tanh", "bfloat16", "float8", "xla", "dots", True, 60
-    )
+        64, 65, 3, 2, 10, 0.1, True, "gelu_tanh", "bfloat16", "float8", "xla", "reference",
+        "dots", True, 60,
+    )  # fmt: skip
 
 
 # Flags

@@ -203,7 +203,11 @@ def test_kernels_are_used_by_themselves_where_they_can_be_compiled(monkeypatch, 
     assert (why is None and reason is None) or why in reason
     assert kernels.use("auto", dtype) == (why is None)
     assert not kernels.use("reference", dtype)
-    assert kernels.use("pallas", dtype)
+    if why is None:
+        assert kernels.use("pallas", dtype)
+    else:
+        with pytest.raises(UserError, match=f"kernels=pallas: .*{why}.*use --kernels=auto"):
+            kernels.use("pallas", dtype)
 
 
 def test_a_jax_without_the_lowering_goes_without_the_kernels(monkeypatch):

@@ -1,5 +1,6 @@
 """The command ``python -m gpt_jax.evaluate``: the loss of whole splits, in order."""
 
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +9,7 @@ from gpt_jax.commandline import notes
 from gpt_jax.config import LoadConfig, TrainConfig, key, parse
 from gpt_jax.data import evaluation_starts
 from gpt_jax.errors import exit_code
-from gpt_jax.evaluation import evaluate, make_eval_step
+from gpt_jax.evaluation import Evaluation, evaluate, make_eval_step
 from gpt_jax.prepare.checked import open_checked
 from gpt_jax.prepare.dataset import for_dataset
 from gpt_jax.pretrained import load, load_run
@@ -59,6 +60,11 @@ def measure(config: EvalConfig) -> None:
         result = evaluate(eval_step, params, split, starts, config.batch_size, mesh, tokenizer)
         bits = "n/a" if result.bits_per_byte is None else f"{result.bits_per_byte:.4f}"
         print(
-            f"{name} loss {result.loss:.4f} nats/token, perplexity {result.perplexity:.3f}, "
+            f"{name} loss {result.loss:.4f} nats/token, perplexity {perplexity(result):.3f}, "
             f"{bits} bits/byte, {result.tokens:,} tokens"
         )
+
+
+def perplexity(result: Evaluation) -> float:
+    """Return e to the loss: as many tokens as a die would have that is as hard to guess."""
+    return math.exp(min(result.loss, 700))  # a float has no more

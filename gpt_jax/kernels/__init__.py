@@ -5,6 +5,7 @@ GPU, begins with Hopper. Where it is missing, as on all other hardware, the refe
 Anywhere they can be interpreted, slowly: for tests.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -42,11 +43,25 @@ def why_not(dtype: Any) -> str | None:
 def use(kernels: str, dtype: Any) -> bool:
     """Return whether a config's ``kernels`` means Pallas, here and with products in ``dtype``.
 
-    Raises UserError where it asks for what this JAX no longer has.
+    Raises UserError where it asks for what is not there; a CPU interprets them, slowly: for tests.
     """
-    if kernels == "pallas" and triton is None:
-        raise UserError(f"kernels=pallas: {why_not(dtype)}: use --kernels=auto")
+    interpreted = triton is not None and jax.devices()[0].platform == "cpu"
+    if kernels == "pallas" and not interpreted and (reason := why_not(dtype)):
+        raise UserError(f"kernels=pallas: {reason}; use --kernels=auto")
     return kernels == "pallas" or (kernels == "auto" and why_not(dtype) is None)
+
+
+def without(model: Any) -> Any:
+    """Return the model as it is computed on arrays that several devices share: without kernels.
+
+    XLA cannot cut a kernel of ours as it cuts its own. Raises UserError for kernels=pallas.
+    """
+    if model.config.kernels == "pallas":
+        raise UserError(
+            "kernels=pallas is for arrays that are whole on their device: with --fsdp, --tensor or "
+            "samples on several devices use --kernels=auto"
+        )
+    return model.clone(config=replace(model.config, kernels="reference"))
 
 
 def cudnn_can(q: Array, dropout: float) -> bool:

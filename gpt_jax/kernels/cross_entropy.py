@@ -32,19 +32,19 @@ def forward(x: Array, weight: Array, targets: Array, dtype: str, chunk: int) -> 
     table = weight.astype(dtype)
     total, dxs, dw = jnp.float32(0), [], jnp.zeros(weight.shape, jnp.float32)
     for p in pieces(x, weight, chunk):
-        rows = x[p].astype(dtype)
+        # one after the other, or XLA would have the logits of several pieces alive
+        rows, dw = jax.lax.optimization_barrier((x[p].astype(dtype), dw))
         loss, dlogits = losses_and_gradient(logits_of(rows, table), targets[p])
         total += loss.sum()
         dxs.append(jnp.dot(dlogits, table))
         dw += jnp.dot(dlogits.T, rows, preferred_element_type=jnp.float32)
-    like = jnp.zeros((0,), x.dtype)
-    return total, (jnp.concatenate(dxs), dw, like)
+    return total, (jnp.concatenate(dxs), dw, jnp.zeros(0, x.dtype), jnp.zeros(0, weight.dtype))
 
 
 def backward(dtype: str, chunk: int, kept: Any, gradient: Array) -> Any:
     """Return the gradients of the forward pass times that of its sum."""
-    dx, dw, like = kept
-    return (dx * gradient).astype(like.dtype), dw * gradient, None
+    dx, dw, x, weight = kept
+    return (dx * gradient).astype(x.dtype), (dw * gradient).astype(weight.dtype), None
 
 
 loss_of_projection.defvjp(forward, backward)
@@ -86,8 +86,9 @@ def over_rows(logits: Array, targets: Array, gradient: bool) -> Any:
         row = pl.program_id(0)
         target = targets_ref[row]
         counted = target >= 0
+        unknown = target >= V  # its loss is no number, as the reference's
         # read first: the sums' barriers stand between it and what replaces it
-        picked = logits_ref[row, jnp.maximum(target, 0)].astype(jnp.float32)
+        picked = logits_ref[row, jnp.clip(target, 0, V - 1)].astype(jnp.float32)
 
         def load(i, policy):
             column = i * block + jnp.arange(block)
@@ -107,7 +108,8 @@ def over_rows(logits: Array, targets: Array, gradient: bool) -> Any:
 
         most, total = jax.lax.fori_loop(0, blocks, add, (jnp.float32(-1e30), jnp.float32(0)))
         log_sum = most + jnp.log2(total)
-        loss_ref[row] = jnp.where(counted, log_sum / LOG2E - picked, 0)
+        loss = jnp.where(unknown, jnp.nan, log_sum / LOG2E - picked)
+        loss_ref[row] = jnp.where(counted, loss, 0)
         if gradient:
             [out_ref] = gradient_ref
 

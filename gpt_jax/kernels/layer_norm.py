@@ -153,8 +153,8 @@ def backward(uses: int, kept: Any, gradients: Any) -> Any:
         name="layer_norm_backward",
     )(x.reshape(N, C), mean, rstd, weight, down, *normed)
     dx = dx.reshape(x.shape)
-    dw, db = (*(s.sum(0) for s in shares), None)[:2]
-    return dx, dx.astype(normed[0].dtype) if two else None, dw, db
+    dw, *db = (s.sum(0).astype(weight.dtype) for s in shares)
+    return dx, dx.astype(normed[0].dtype) if two else None, dw, db[0] if db else None
 
 
 fused.defvjp(forward, backward)
