@@ -143,14 +143,14 @@ def test_a_draw_from_no_numbers_ends():
 
 def test_texts_through_the_kernels_are_the_plain_ones():
     """C31, C32: greedy and drawn, rows that stop early, to the end of the room and past it."""
-    config = replace(CONFIG, block_size=80, n_tokens=200)
+    config = replace(CONFIG, n_layer=1, block_size=24, n_tokens=200)
     model, params = GPT(config), params_of(config)
     params["h"] = jax.tree.map(lambda x: 3 * x, params["h"])  # else a few tokens would recur
     params["wte"] = jax.tree.map(lambda x: 0.3 * x, params["wte"])
     prompts = jnp.array([[5, 7, 9, 11], [8, 0, 0, 0], [1, 2, 3, 0]], jnp.int32)
     keys, lengths = jax.random.split(jax.random.key(0), 3), jnp.array([4, 1, 3], jnp.int32)
     stops, seen = [], set()
-    for room, steps in ((64, 59), (128, 90)):
+    for room, steps in ((20, 16), (32, 28)):
         for rule in (
             Rule(0.0, stop_tokens=(3,)),
             Rule(0.8, 20, stop_tokens=tuple(range(0, 200, 20))),
@@ -167,7 +167,7 @@ def test_texts_through_the_kernels_are_the_plain_ones():
             seen |= set(runs[0].tokens[0].tolist())
     assert any(stops)
     assert not all(stops)
-    assert len(seen) > 50
+    assert len(seen) > 20
 
 
 def test_cpus_and_float32_keep_the_plain_path():

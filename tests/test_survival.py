@@ -26,10 +26,10 @@ SAVING = [*TINY, "--save_interval=2", "--eval_interval=100", "--keep=9"]
 
 
 def damage(out_dir, step, item="params"):
-    """Flip a bit of each byte of the largest file: some of them may never be read."""
-    files = [p for p in Path(out_dir, "checkpoints", str(step), item).rglob("*") if p.is_file()]
-    path = max(files, key=lambda path: path.stat().st_size)
-    path.write_bytes(bytes(byte ^ 16 for byte in path.read_bytes()))
+    """Flip a bit of each byte of what Orbax keeps arrays in: some of the files are never read."""
+    folder = Path(out_dir, "checkpoints", str(step), item)
+    for path in [folder / "metadata"] if item == "meta" else folder.rglob("d/*"):
+        path.write_bytes(bytes(byte ^ 16 for byte in path.read_bytes()))
 
 
 def steps(out_dir):
