@@ -106,6 +106,12 @@ def test_large_logits_do_not_overflow_and_no_number_makes_no_number():
     assert not np.isfinite(loss[1:]).any()
 
 
+def test_a_target_that_the_vocabulary_does_not_have_makes_a_loss_that_is_no_number():
+    """So that the update is left out, as on the plain path."""
+    loss = cross_entropy.losses(normal(3, 13), jnp.asarray([12, 13, 99]))
+    assert np.isfinite(loss).tolist() == [True, False, False]
+
+
 B, T, C, V = 3, 10, 8, 13
 X, W = normal(B, T, C), normal(V, C)
 TARGETS = jnp.asarray(RNG.integers(-1, V, (B, T)), jnp.int32)
@@ -224,6 +230,21 @@ def test_on_this_cpu_the_network_uses_none():
     tokens = jnp.zeros((1, 4), jnp.int32)
     params = jax.eval_shape(model.init, jax.random.key(0), tokens)
     assert "pallas" not in str(jax.make_jaxpr(lambda p: model.apply(p, tokens))(params))
+
+
+def test_parameters_of_16_bits_have_gradients_of_16_bits():
+    model = GPT(GPTConfig(**SIZES, dtype="bfloat16", kernels="pallas"))
+    tokens = jnp.zeros((1, 16), jnp.int32)
+    params = jax.tree.map(jnp.bfloat16, model.init(jax.random.key(0), tokens)["params"])
+    grad = jax.grad(lambda p: model.apply({"params": p}, tokens, tokens, method="loss"))
+    assert {x.dtype.name for x in jax.tree.leaves(jax.eval_shape(grad, params))} == {"bfloat16"}
+
+
+def test_where_several_devices_share_arrays_there_are_none():
+    model = kernels.without(GPT(GPTConfig(**SIZES)))
+    assert model.config == GPTConfig(**SIZES, kernels="reference")
+    with pytest.raises(UserError, match=r"kernels=pallas is for arrays that are whole.*=auto"):
+        kernels.without(GPT(GPTConfig(**SIZES, kernels="pallas")))
 
 
 def test_an_unknown_kind_of_kernels_is_refused():
