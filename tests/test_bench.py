@@ -8,6 +8,7 @@ import math
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 from jax.profiler import ProfileData
 
-from gpt_jax.bench import HELP, VERBS, compiling, loading, main
+from gpt_jax.bench import HELP, VERBS, compiling, loading, main, measure, profiling
 from gpt_jax.bench.children import output
 from gpt_jax.bench.compiling import start_up
 from gpt_jax.bench.config import (
@@ -29,14 +30,15 @@ from gpt_jax.bench.config import (
 from gpt_jax.bench.decoding import decode
 from gpt_jax.bench.floor import Floor, floors
 from gpt_jax.bench.loading import loader
-from gpt_jax.bench.measure import memory_told, network, peak_memory, spread, training
+from gpt_jax.bench.measure import memory_told, network, peak_memory, rate, spread
 from gpt_jax.bench.nanogpt import compared, in_turns, merged, record_of, task_of, theirs_of
 from gpt_jax.bench.profiling import Kernel, busy_time, grouped, programs, read
 from gpt_jax.bench.report import put_out, written
 from gpt_jax.bench.training import train
-from gpt_jax.config import TrainConfig
+from gpt_jax.config import TrainConfig, parse
 from gpt_jax.errors import RunError, UserError
 from gpt_jax.metrics import flops_per_token
+from gpt_jax.prepare.checked import open_dataset
 from gpt_jax.sharding import make_mesh
 
 TINY = ["--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=16", "--vocab_size=64",
@@ -166,7 +168,11 @@ def test_a_configs_network_is_measured_too(tmp_path):
     ("argv", "said"),
     [
         (["trian"], "unknown bench 'trian', did you mean 'train'?"),
-        (["train", "--model=125M"], "model='125M' is not one of |124M|350M"),
+        (["train", "--model=125M"], "unknown model '125M', did you mean '124M'? (there are 124M, "),
+        (["train", "char"], "'char' is a network, not a config file: use --model=char"),
+        (["compile", "--vocab_size=2000000"], "vocab_size=2000000 is out of range"),
+        (["train", "--json=/dev/null/x"], "json='/dev/null/x' cannot be written (Not a directory)"),
+        (["decode", "--profile=/dev/null/x"], "profile='/dev/null/x' cannot be written"),
         (["decode", "--steps=3"], "unknown key 'steps'"),
         (["train", "--steps=0"], "steps=0 is out of range"),
         (["train", "--nanogpt=/nowhere"], "nanogpt='/nowhere' is not a nanoGPT checkout"),
@@ -174,6 +180,8 @@ def test_a_configs_network_is_measured_too(tmp_path):
     ],
 )
 def test_wrong_input_is_one_line_and_exit_code_2(argv, said, monkeypatch, capsys):
+    for verb in ("train", "decode", "start_up"):  # nothing is measured
+        monkeypatch.setattr(f"gpt_jax.bench.{verb}", None)
     code, shown = command(monkeypatch, capsys, *argv)
     assert code == 2
     assert said in shown.err
@@ -210,6 +218,9 @@ def test_train_measures_the_real_step_and_says_so_in_every_field(tmp_path):
     assert record["dtype"] == "float32"
     assert (record["what"], record["program"], record["n_devices"]) == ("train", "gpt_jax", 8)
     assert {"jax", "device", "date", "attention", "remat", "micro_batches"} <= set(record)
+    assert (record["matmul_dtype"], record["kernels"]) == ("auto", "auto")
+    assert (record["bias"], record["activation"]) == (False, "gelu")
+    assert [record[axis] for axis in ("data", "fsdp", "tensor")] == [8, 1, 1]
 
     assert Path(profile["trace"]).is_file()
     assert profile["source"].startswith("CPU thunks")
@@ -218,16 +229,23 @@ def test_train_measures_the_real_step_and_says_so_in_every_field(tmp_path):
     assert profile["floor_ms"] is None
     page = written([record, profile])
     assert "tokens/s" in page
+    assert "auto" not in page
+    page8 = written([record | {"matmul_dtype": "float8", "kernels": "pallas"}])
+    assert "float32, matmul_dtype float8, kernels pallas\n" in page8
     assert "kernel" in page
     assert json.loads(json.dumps([record, profile])) == [record, profile]
 
 
 def test_mfu_is_the_formulas_flops_over_the_peak_that_is_given():
-    (record,) = train(configured([*TINY, "--steps=1", "--peak_flops=1e9"], TrainBench))
-    model = network(configured(TINY, TrainBench)).config
+    config = configured([*TINY, "--peak_flops=1e9"], TrainBench)
+    model = network(config)
+    params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    state = SimpleNamespace(params=params)
+    t: Any = SimpleNamespace(mesh=make_mesh(), model=model, shape=(1, 8), state=state)
     n = 64 * 16 + 3 * 16 + 12 * 16 * 16  # wte, three LayerNorms, one block's products
-    flops = flops_per_token(model, n) * record["tokens_per_second"]
-    assert record["mfu"] == pytest.approx(flops / (8 * 1e9))
+    flops = flops_per_token(model.config, n) * 8 * 16 / 0.5
+    found = rate(config, t, 0.5)
+    assert found == {"tokens_per_second": 256, "mfu": pytest.approx(flops / (8 * 1e9))}
 
 
 def test_decode_measures_generate(monkeypatch):
@@ -241,11 +259,13 @@ def test_decode_measures_generate(monkeypatch):
         return real(model, params, prompts, **rule)
 
     monkeypatch.setattr(decoding, "generate", spied)
-    argv = [*TINY, "--max_new_tokens=5", "--prompt_tokens=3", "--batch_size=2", "--top_k=4"]
+    argv = [*TINY, "--max_new_tokens=5", "--prompt_tokens=3", "--batch_size=2", "--top_k=4",
+            "--matmul_dtype=float8"]  # fmt: skip
     (record,) = decode(configured(argv, DecodeBench))
     assert lengths == [(2, 3, 5, 4)] * 4  # it compiles, it warms up, and two measurements
     assert record["tokens_per_second"] == pytest.approx(2 * 5 / record["ms"] * 1000)
     assert record["ms_per_token"] == pytest.approx(record["ms"] / 5)
+    assert record["matmul_dtype"] == "auto"  # float8 is for training
     assert "ms/token" in written([record])
 
 
@@ -268,7 +288,8 @@ def test_loader_measures_the_same_step_with_and_without_the_loader(monkeypatch):
 
 
 def test_random_rows_are_all_distinct():
-    tokens, targets = (np.asarray(x) for x in training(configured(TINY, TrainBench)).batch)
+    batch = measure.random_batch(configured(TINY, TrainBench), make_mesh(), 1, 8)
+    tokens, targets = (np.asarray(x) for x in batch)
     assert tokens.shape == (1, 8, 16)
     assert len({row.tobytes() for row in tokens[0]}) == 8
     np.testing.assert_array_equal(tokens[..., 1:], targets[..., :-1])
@@ -285,8 +306,9 @@ def test_compile_measures_cold_and_warm_with_a_cache_of_its_own(tmp_path, monkey
         "record |= {key: 0 for key in sys.argv[1].split(',')}\n"
         "open(sys.argv[-1].removeprefix('--json='), 'a').write(json.dumps(record) + chr(10))\n"
     )
-    keys = ("model,batch_size,n_layer,n_head,n_embd,block_size,vocab_size,dropout,dtype,attention,"
-            "remat,scan_layers,platform,device,n_devices,jax,date")  # fmt: skip
+    keys = ("model,batch_size,n_layer,n_head,n_embd,block_size,vocab_size,dropout,bias,activation,"
+            "dtype,matmul_dtype,attention,kernels,remat,scan_layers,data,fsdp,tensor,platform,"
+            "device,n_devices,jax,date")  # fmt: skip
     monkeypatch.setattr(
         compiling, "own", lambda verb, argv: [sys.executable, str(stub), keys, *argv]
     )
@@ -311,9 +333,56 @@ def test_the_first_iteration_is_that_of_the_real_train_py(tmp_path):
     assert compiling.first_iteration(config, tmp_path, "cold") > 0
 
 
-def test_too_large_a_batch_is_told_in_one_line():
+def test_train_py_is_given_every_key_that_is_not_its_default(tmp_path, monkeypatch):
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import pathlib, sys\n"
+        "pathlib.Path(__file__).with_name('flags').write_text(' '.join(sys.argv[2:]))\n"
+        "print('iter 0: loss 4', flush=True)\n"
+    )
+    monkeypatch.setattr(compiling, "SCRIPT", script)
+    argv = ["--kernels=reference", "--matmul_dtype=float8", "--activation=gelu_tanh",
+            "--deterministic=True"]  # fmt: skip
+    config = configured(["train_gpt2", *argv], CompileBench)
+    compiling.first_iteration(config, tmp_path, "cold")
+    flags = (tmp_path / "flags").read_text().split()
+    assert set(argv) <= set(flags)
+    assert not any(flag.startswith("--model=") for flag in flags)
+    run = parse(flags)  # the last of two flags counts
+    assert (run.activation, run.wandb_log, run.max_iters) == ("gelu_tanh", False, 1)
+
+
+def test_made_up_data_of_many_symbols_are_read_back(tmp_path):
+    config = configured([*TINY, "--vocab_size=70000"], CompileBench)
+    compiling.made_up(config, tmp_path / "made_up")
+    _, vocab_size, splits = open_dataset(tmp_path / "made_up", 16)
+    assert vocab_size == 70000
+    assert splits["train"].tokens.dtype == np.uint32
+    assert 2**16 < splits["train"].tokens.max() < 70000
+
+
+def test_a_profile_that_fails_leaves_the_record_of_what_was_measured(monkeypatch, capsys, tmp_path):
+    def full(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(profiling, "read", full)
+    config = configured([*TINY, f"--profile={tmp_path}", f"--json={tmp_path / 'x'}"], TrainBench)
+    about = {"what": "ratio", "ratio": 1.5, "ratios": [1.5], "ratio_of_best": 1.5,
+             "memory_ratio": None, "torch": "2"}  # fmt: skip
+    work = lambda: jax.block_until_ready(jnp.ones(8) + 1)  # noqa: E731
+    with pytest.raises(RunError, match=r"profile=.* failed \(No space left"):
+        profiling.profiled(config, work, 1, "step", about)
+    assert json.loads((tmp_path / "x").read_text()) == about
+    assert "over nanoGPT" in capsys.readouterr().out
+
+
+def test_too_large_a_batch_is_told_in_one_line(monkeypatch):
     config = configured(TINY, TrainBench)
-    with pytest.raises(RunError, match=r"batch_size=8 does not fit.*--remat"), memory_told(config):
+    line = r"batch_size=8 does not fit.*--remat=dots, or "
+    with pytest.raises(RunError, match=line + ".*--model=char_cpu"), memory_told(config):
+        raise jax.errors.JaxRuntimeError("INTERNAL: Error: Out of memory allocating 9 bytes.")
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    with pytest.raises(RunError, match=line + ".*MEM_FRACTION"), memory_told(config):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
     with pytest.raises(ValueError, match="something else"), memory_told(config):
         raise ValueError("something else")

@@ -27,6 +27,16 @@ def test_a_platform_that_is_not_there_is_refused_in_one_line(monkeypatch):
     assert asked == [("jax_platforms", "cuda")] * 3
 
 
+def test_a_plugin_that_finds_no_hardware_is_refused_in_one_line(monkeypatch):
+    def none():
+        raise AssertionError  # what JAX says of CUDA's plugin without a GPU
+
+    monkeypatch.setattr(jax.config, "update", lambda *setting: None)
+    monkeypatch.setattr(jax, "devices", none)
+    with pytest.raises(UserError, match=r"^device=cuda is not there \(JAX finds no such hardware"):
+        use_platform("cuda")
+
+
 def test_auto_leaves_the_platform_to_jax(monkeypatch):
     asked = []
     monkeypatch.setattr(jax.config, "update", lambda *setting: asked.append(setting))

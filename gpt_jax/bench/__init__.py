@@ -15,7 +15,7 @@ from gpt_jax.bench.config import (
 from gpt_jax.bench.decoding import decode
 from gpt_jax.bench.loading import loader
 from gpt_jax.bench.nanogpt import in_turns
-from gpt_jax.bench.report import put_out
+from gpt_jax.bench.report import check_places, put_out
 from gpt_jax.bench.training import train
 from gpt_jax.commandline.files import suggest
 from gpt_jax.errors import UserError, exit_code
@@ -45,6 +45,7 @@ def main(argv: list[str]) -> None:
     if verb not in VERBS:
         raise UserError(f"unknown bench {suggest(verb, VERBS)} (there are {', '.join(VERBS)})")
     config = configured(rest, VERBS[verb])
+    check_places(config.json, getattr(config, "profile", ""))
     put_out(measured(verb, config, rest), config.json)
 
 

@@ -9,13 +9,16 @@ import sys
 import tempfile
 import threading
 import time
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import gpt_jax
 from gpt_jax.bench.children import end, kill, output, own
 from gpt_jax.bench.config import CompileBench
+from gpt_jax.bench.measure import AXES, NETWORK
 from gpt_jax.bench.report import say
+from gpt_jax.config import TrainConfig
 from gpt_jax.errors import RunError, UserError
 
 IMPORT = "import time; t = time.perf_counter(); import gpt_jax; print(time.perf_counter() - t)"
@@ -47,9 +50,8 @@ def start_up(config: CompileBench, argv: list[str]) -> list[dict[str, Any]]:
         for kind in ("cold", "warm"):
             say(f"train.py to its first iteration, {kind} ...")
             found[f"first_iteration_{kind}_seconds"] = first_iteration(config, folder, kind)
-    names = ("model", "batch_size", "n_layer", "n_head", "n_embd", "block_size", "vocab_size",
-             "dropout", "dtype", "attention", "remat", "scan_layers", "platform", "device",
-             "n_devices", "jax", "date")  # fmt: skip
+    names = ("model", "batch_size", *NETWORK, *AXES, "platform", "device", "n_devices", "jax",
+             "date")  # fmt: skip
     about = {name: ours[name] for name in names}
     return [{"what": "compile", "program": "gpt_jax", **about, **found}]
 
@@ -71,28 +73,28 @@ def made_up(config: CompileBench, folder: Path) -> None:
 
     folder.mkdir(parents=True)
     V = config.vocab_size
+    dtype = "uint16" if V <= 2**16 else "uint32"
     if V != GPT2_VOCAB_SIZE:  # which is that of a folder that says nothing
         symbols = "".join(map(chr, range(0x10000, 0x10000 + V)))
         tokenizer = {"kind": "char", "symbols": symbols}
-        meta = {"tokenizer": tokenizer, "vocab_size": V, "dtype": "uint16"}
+        meta = {"tokenizer": tokenizer, "vocab_size": V, "dtype": dtype}
         (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
     n = max(2**18, 4 * config.block_size)
     for name in ("train", "val"):
-        ids = np.random.default_rng(0).integers(min(V, 50257), size=n)
-        ids.astype("<u2").tofile(folder / f"{name}.bin")
+        ids = np.random.default_rng(0).integers(V if V != GPT2_VOCAB_SIZE else 50257, size=n)
+        ids.astype(np.dtype(dtype).newbyteorder("<")).tofile(folder / f"{name}.bin")
 
 
 def first_iteration(config: CompileBench, folder: Path, kind: str) -> float:
     """Return the seconds from the start of train.py to the line of its first iteration."""
-    names = ("n_layer", "n_head", "n_embd", "block_size", "batch_size", "dropout", "bias", "dtype",
-             "device", "remat", "scan_layers", "attention", "gradient_accumulation_steps", "data",
-             "fsdp", "tensor")  # fmt: skip
-    flags = [f"--{name}={getattr(config, name)}" for name in names]
+    asked = {f.name: (getattr(config, f.name), f.default) for f in fields(TrainConfig)}
+    flags = [f"--{name}={value}" for name, (value, default) in asked.items() if value != default]
     (folder / "run.py").touch()  # a config of nothing but defaults
     command = [
         sys.executable, str(SCRIPT), str(folder / "run.py"), *flags, "--dataset=made_up",
-        f"--data_dir={folder / 'data'}", f"--out_dir={folder / kind}", "--max_iters=1",
-        "--eval_iters=1", "--log_interval=1",
+        f"--data_dir={folder / 'data'}", f"--out_dir={folder / kind}", "--init_from=scratch",
+        "--max_iters=1", "--eval_iters=1", "--eval_only=False", "--log_interval=1",
+        "--wandb_log=False",
     ]  # fmt: skip
     environment = {**os.environ, **cache(folder / "run"), "PYTHONUNBUFFERED": "1"}
     began = time.perf_counter()

@@ -1,8 +1,10 @@
 """What each bench is asked, and the networks that it knows by name."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
+from gpt_jax.commandline.files import suggest
 from gpt_jax.config import TrainConfig, key, parse
 from gpt_jax.errors import UserError
 from gpt_jax.prepare.dataset import GPT2_VOCAB_SIZE
@@ -89,6 +91,8 @@ class CompileBench(BenchConfig):
     """Measure imports, compilation and the way to the first iteration, cold and warm."""
 
     command = "python -m gpt_jax.bench compile"
+    # train.py's data set has a symbol each, from the code points above 0x10000
+    vocab_size: int = key(GPT2_VOCAB_SIZE, "rows of the embedding", at_least=1, at_most=2**20)
 
 
 def configured(argv: list[str], kind: type[T]) -> T:
@@ -96,6 +100,11 @@ def configured(argv: list[str], kind: type[T]) -> T:
     given = [item.removeprefix("--model=") for item in argv if item.startswith("--model=")]
     files = [item for item in argv if not item.startswith("-")]
     name = given[-1] if given else "" if files else "124M"
+    if name and name not in MODELS:
+        raise UserError(f"unknown model {suggest(name, MODELS)} (there are {', '.join(MODELS)})")
+    for file in files:
+        if file in MODELS and not Path(file).exists():
+            raise UserError(f"{file!r} is a network, not a config file: use --model={file}")
     sizes = dict(MODELS.get(name, {}))
     if kind is DecodeBench:
         sizes.pop("batch_size", None)

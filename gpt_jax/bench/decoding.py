@@ -1,6 +1,7 @@
 """``bench decode``: generate() from prompts of random tokens."""
 
 import time
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ import numpy as np
 from gpt_jax.bench.config import DecodeBench
 from gpt_jax.bench.measure import about, memory_told, network, peak_memory, spread
 from gpt_jax.bench.profiling import profiled
+from gpt_jax.model import GPT
 from gpt_jax.sampling import generate
 from gpt_jax.sharding import make_mesh, state_sharding
 
@@ -17,7 +19,7 @@ from gpt_jax.sharding import make_mesh, state_sharding
 def decode(config: DecodeBench) -> list[dict[str, Any]]:
     """Return the record of text generation, prompt and the way back to the host included."""
     mesh = make_mesh(config.device, config.data, config.fsdp, config.tensor)
-    model = network(config)
+    model = GPT(replace(network(config).config, matmul_dtype="auto"))  # float8 is for training
     B, N = config.batch_size, config.max_new_tokens
     shape = (B, config.prompt_tokens)
     prompts = np.random.default_rng(config.seed).integers(config.vocab_size, size=shape).tolist()
@@ -56,5 +58,5 @@ def decode(config: DecodeBench) -> list[dict[str, Any]]:
     }
     if not config.profile:
         return [record]
-    shown = profiled(config.profile, lambda: write(0), N, "token", record)
+    shown = profiled(config, lambda: write(0), N, "token", record)
     return [record, shown]

@@ -28,6 +28,11 @@ from gpt_jax.sharding import batch_sharding, make_mesh, micro_batches, state_sha
 from gpt_jax.train_step import TrainState, init_state, make_train_step
 
 WARMUP = 5  # steps before the first measurement: clocks rise, allocations settle
+# what a record says of the network, and of the devices that share it
+NETWORK = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "dropout", "bias",
+           "activation", "dtype", "matmul_dtype", "attention", "kernels", "remat",
+           "scan_layers")  # fmt: skip
+AXES = ("data", "fsdp", "tensor")
 
 
 class Training(NamedTuple):
@@ -57,10 +62,7 @@ def training(config: BenchConfig) -> Training:
 
     with memory_told(config):
         state = jax.jit(first, out_shardings=state_sharding(mesh, jax.eval_shape(first)))()
-        T = config.block_size
-        split = random_split(config, A * B * T + 1)
-        starts = (np.arange(A * B) * T).reshape(A, B)
-        batch = place(split, starts, batch_sharding(mesh, 3))
+        batch = random_batch(config, mesh, A, B)
         step: Any = make_train_step(model, make_optimizer(config), mesh, config.spike_zscore)
         jax.block_until_ready((state, batch))
         began = time.perf_counter()
@@ -99,6 +101,13 @@ def random_split(config: BenchConfig, n: int) -> Split:
     return Split(Path("random tokens"), tokens, config.vocab_size, config.block_size)
 
 
+def random_batch(config: BenchConfig, mesh: Mesh, A: int, B: int) -> tuple[jax.Array, jax.Array]:
+    """Return random tokens and targets, each int32 (A, B, block_size), no row like another."""
+    T = config.block_size
+    starts = (np.arange(A * B) * T).reshape(A, B)
+    return place(random_split(config, A * B * T + 1), starts, batch_sharding(mesh, 3))
+
+
 def queued(step: Callable, state: TrainState, batches: Any, steps: int) -> tuple[float, Any, dict]:
     """Return seconds a step, the state and the metrics after ``steps`` steps sent off in a row."""
     began = time.perf_counter()
@@ -114,11 +123,16 @@ def memory_told(config: BenchConfig) -> Iterator[None]:
     try:
         yield
     except (jax.errors.JaxRuntimeError, ValueError) as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        # the latter is a CPU's word for it
+        if not any(text in str(error) for text in ("RESOURCE_EXHAUSTED", "Out of memory")):
             raise
+        last = {
+            "cpu": "measure a small network by --model=char_cpu",
+            "gpu": "give XLA more of it by XLA_PYTHON_CLIENT_MEM_FRACTION=.95",
+        }.get(jax.default_backend(), "split the network by --fsdp=N")
         raise RunError(
             f"batch_size={config.batch_size} does not fit the device's memory: make it smaller, "
-            "set --remat=dots, or give XLA more of it by XLA_PYTHON_CLIENT_MEM_FRACTION=.95"
+            f"set --remat=dots, or {last}"
         ) from None
 
 
@@ -130,15 +144,13 @@ def spread(seconds: list[float]) -> dict[str, float]:
 
 def about(what: str, config: BenchConfig, model: GPT, mesh: Mesh) -> dict[str, Any]:
     """Return what every record says: what was measured, of which network, where and when."""
-    network = model.config
-    sizes = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "dropout", "dtype",
-             "attention", "remat", "scan_layers")  # fmt: skip
     return {
         "what": what,
         "program": "gpt_jax",
         "model": config.model or "config",
         "batch_size": config.batch_size,
-        **{name: getattr(network, name) for name in sizes},
+        **{name: getattr(model.config, name) for name in NETWORK},
+        **{name: mesh.shape[name] for name in AXES},
         "platform": mesh.devices.flat[0].platform,
         "device": mesh.devices.flat[0].device_kind,
         "n_devices": mesh.size,

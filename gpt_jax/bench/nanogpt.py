@@ -11,7 +11,7 @@ from typing import Any
 from gpt_jax.bench import nanogpt_program
 from gpt_jax.bench.children import output, own
 from gpt_jax.bench.config import BesideBench, DecodeBench, TrainBench
-from gpt_jax.bench.measure import WARMUP, spread
+from gpt_jax.bench.measure import AXES, WARMUP, spread
 from gpt_jax.bench.report import say
 from gpt_jax.errors import RunError, UserError
 from gpt_jax.plan.topology import GIB
@@ -136,15 +136,9 @@ def record_of(config: BesideBench, ours: dict[str, Any], result: dict[str, Any])
         record["loss"] = result["loss"]
     rate = rows * n / median
     mfu = ours["mfu"] and ours["mfu"] * rate / ours["tokens_per_second"]
-    for name in (
-        "attention",
-        "remat",
-        "scan_layers",
-        "jax",
-        "loss_first",
-        "skipped",
-        "compile_cached",
-    ):
+    own = ("activation", "matmul_dtype", "attention", "kernels", "remat", "scan_layers", *AXES,
+           "jax", "loss_first", "skipped", "compile_cached")  # fmt: skip
+    for name in own:
         record.pop(name, None)
     return record | {
         **spread(seconds),

@@ -14,7 +14,9 @@ from typing import Any, NamedTuple
 import jax
 from jax.profiler import ProfileData
 
+from gpt_jax.bench.config import BesideBench
 from gpt_jax.bench.floor import Floor, floors
+from gpt_jax.bench.report import put_out
 from gpt_jax.errors import RunError
 from gpt_jax.plan.topology import local
 from gpt_jax.reporting.peak import peak_flops
@@ -44,18 +46,27 @@ class Group(NamedTuple):
 
 
 def profiled(
+    config: BesideBench, run: Callable[[], Any], n: int, unit: str, about: dict[str, Any]
+) -> dict[str, Any]:
+    """Return the record of a trace of ``run()``, which does ``n`` units; the trace is kept.
+
+    ``about`` is the record of the same, measured without a trace: it is put out if this fails.
+    """
+    try:
+        return traced(config.profile, run, n, unit, about)
+    except BaseException as error:
+        put_out([about], config.json)
+        if isinstance(error, OSError):
+            raise RunError(f"profile={config.profile!r:.100} failed ({error})") from None
+        raise
+
+
+def traced(
     folder: str, run: Callable[[], Any], n: int, unit: str, about: dict[str, Any]
 ) -> dict[str, Any]:
-    """Return the record of a trace of ``run()``, which does ``n`` units; the trace stays there.
-
-    ``about`` is the record of the same, measured without a trace.
-    """
+    """Return the record of a trace, written to a folder."""
     options = jax.profiler.ProfileOptions()
     options.python_tracer_level = 0  # it would slow the host
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunError(f"profile={folder!r:.100} cannot be written ({error})") from None
     with jax.profiler.trace(folder, profiler_options=options):
         run()
     traces = sorted(Path(folder).rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)

@@ -2,12 +2,31 @@
 
 import json
 import sys
+import tempfile
+from pathlib import Path
 from typing import Any
 
-from gpt_jax.errors import RunError
+from gpt_jax.errors import RunError, UserError
 
 SHOWN = 30  # rows of a profile
 MOST = 0.95  # of the time in kernels
+
+
+def check_places(file: str, folder: str) -> None:
+    """Raise UserError where the file of records or the folder of a trace cannot be written."""
+    try:
+        if file:
+            with open(file, "a", encoding="utf-8"):
+                pass
+    except OSError as error:
+        raise UserError(f"json={file!r:.100} cannot be written ({error.strerror})") from None
+    try:
+        if folder:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+    except OSError as error:
+        raise UserError(f"profile={folder!r:.100} cannot be written ({error.strerror})") from None
 
 
 def put_out(records: list[dict[str, Any]], file: str) -> None:
@@ -53,7 +72,9 @@ def heading(record: dict[str, Any]) -> str:
     where = (
         f"{record['n_devices']} x {record['device']}, JAX {record['jax']}, {record['date'][:10]}"
     )
-    return f"{record['what']}, {record['model']}: {sizes}, {tokens}, {record['dtype']}\n{where}"
+    how = [record["dtype"]]
+    how += [f"{key} {record[key]}" for key in ("matmul_dtype", "kernels") if record[key] != "auto"]
+    return f"{record['what']}, {record['model']}: {sizes}, {tokens}, {', '.join(how)}\n{where}"
 
 
 def table(records: list[dict[str, Any]]) -> str:

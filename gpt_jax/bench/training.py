@@ -51,5 +51,5 @@ def train(config: TrainBench) -> list[dict[str, Any]]:
             nonlocal state
             _, state, _ = queued(t.step, state, batches, TRACED)
 
-        records.append(profiled(config.profile, steps, TRACED, "step", record))
+        records.append(profiled(config, steps, TRACED, "step", record))
     return records

@@ -44,8 +44,8 @@ def use_platform(device: str, deterministic: bool = False, keep_compiled: bool =
         keep_freed_memory()
     try:
         jax.devices()
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0]
+    except (RuntimeError, AssertionError) as error:  # the latter: a plugin that finds no hardware
+        reason = (str(error).splitlines() or ["JAX finds no such hardware"])[0]
         raise UserError(
             f"device={device} is not there ({reason}): use --device=cpu, or install "
             "gpt_jax[cuda] or gpt_jax[tpu] for the hardware at hand"
