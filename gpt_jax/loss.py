@@ -46,7 +46,7 @@ def cross_entropy_of_projection(
     B, T, C = x.shape
     if kernels.use(backend, dtype):
         total = loss_of_projection(x.reshape(-1, C), weight, targets.reshape(-1), dtype, chunk)
-        return total, (targets >= 0).sum()
+        return total, (targets >= 0).sum()  # pyright: ignore
     pieces = min(T, -(-B * T * weight.shape[0] // (chunk * devices)))
     if pieces == 1:
         return cross_entropy(project(x, weight, dtype), targets)

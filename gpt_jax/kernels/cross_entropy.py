@@ -24,7 +24,8 @@ def loss_of_projection(x: Array, weight: Array, targets: Array, dtype: str, chun
     logits are kept and none made twice. (As in Liger Kernel, Hsu et al. 2024.)
     """
     table = weight.astype(dtype)
-    return sum(losses(logits_of(x[p], table), targets[p]).sum() for p in pieces(x, weight, chunk))
+    each = [losses(logits_of(x[p], table), targets[p]).sum() for p in pieces(x, weight, chunk)]
+    return jnp.stack(each).sum()
 
 
 def forward(x: Array, weight: Array, targets: Array, dtype: str, chunk: int) -> Any:

@@ -235,7 +235,7 @@ def linear_kernel(weight, *refs, inputs, given, width, height, activation):
     for b in range(x[0].shape[0]):
         more = None if residual is None else outputs(residual, b)
         y = join_parts(x, b, columns, real) if inputs == 3 else vector(x[0], b)
-        y = y.astype(jnp.float32)
+        y = y.astype(jnp.float32)  # pyright: ignore
         if scale is not None:
             y = jnp.where(real, y - y.sum() / K, 0)
             y *= jax.lax.rsqrt((y * y).sum() / K + 1e-5) * scale

@@ -64,7 +64,7 @@ def forward(x: Array, y: Array | None, weight: Array, bias: Array | None, uses: 
         here = (row < N)[:, None] & (column < C)[None]
         at = (row[:, None], column[None])
         total = triton.load(x_ref.at[at], mask=here, other=0).astype(jnp.float32)
-        if y_ref is not None:
+        if y_ref is not None and sum_ref is not None:
             total += triton.load(y_ref.at[at], mask=here, other=0).astype(jnp.float32)
             total = total.astype(sum_ref.dtype)
             triton.store(sum_ref.at[at], total, mask=here)

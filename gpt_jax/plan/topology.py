@@ -206,7 +206,7 @@ def as_if_there(target: Target) -> Iterator[None]:
             stack.enter_context(mock.patch("gpt_jax.kernels.why_not", return_value=None))
             stack.enter_context(mock.patch("gpt_jax.kernels.no_gpu", return_value=False))
             with suppress(ImportError):  # of versions before 0.11, which took a Hopper for granted
-                from jax._src.pallas.triton import gpu_info
+                from jax._src.pallas.triton import gpu_info  # pyright: ignore
 
                 hopper = gpu_info.GpuInfo(gpu_version=None, arch_name="9.0", compute_capability=90)
                 stack.enter_context(mock.patch.dict(gpu_info.registry, cpu=lambda: hopper))
