@@ -65,7 +65,7 @@ def train(config: TrainConfig, stop: Stop) -> None:
     dtype = product_dtype(config.dtype)
     A, B = micro_batches(config, mesh)
     tokens_per_iter = A * B * config.block_size
-    print(f"{reporting.describe(mesh)}, {dtype} products")
+    print(f"{reporting.describe(mesh)}, {dtype} products{reporting.kernels(config, mesh, dtype)}")
     print(f"tokens per iteration will be: {tokens_per_iter:,}")
 
     # ---- 4. What it trains ----------------------------------------------------------------------

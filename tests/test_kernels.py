@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from test_loss import shapes_in
 
-from gpt_jax import kernels
-from gpt_jax.config import GPTConfig
+from gpt_jax import kernels, reporting
+from gpt_jax.config import GPTConfig, TrainConfig
 from gpt_jax.errors import UserError
 from gpt_jax.kernels import cross_entropy, layer_norm
 from gpt_jax.kernels.gelu import gelu
@@ -238,6 +238,21 @@ def test_parameters_of_16_bits_have_gradients_of_16_bits():
     params = jax.tree.map(jnp.bfloat16, model.init(jax.random.key(0), tokens)["params"])
     grad = jax.grad(lambda p: model.apply({"params": p}, tokens, tokens, method="loss"))
     assert {x.dtype.name for x in jax.tree.leaves(jax.eval_shape(grad, params))} == {"bfloat16"}
+
+
+def test_a_gpu_that_goes_without_is_told_why(monkeypatch):
+    def said(there, dtype="bfloat16", sizes=(1, 1, 1), **changes):
+        monkeypatch.setattr(jax, "devices", lambda: [there])
+        devices = np.array([there] * int(np.prod(sizes)), object).reshape(sizes)
+        shape = dict(zip(("data", "fsdp", "tensor"), sizes, strict=True))
+        mesh = SimpleNamespace(size=devices.size, shape=shape, devices=devices)
+        return reporting.kernels(TrainConfig(**changes), mesh, dtype)
+
+    assert said(device()) == said(device("cpu", "cpu")) == ""
+    assert said(device(), "float32", kernels="reference") == ""
+    assert "for bfloat16 and float16, not float32" in said(device(), "float32")
+    assert "cannot cut them along fsdp" in said(device(), sizes=(2, 2, 1))
+    assert said(device(), sizes=(4, 1, 1)) == ""
 
 
 def test_where_several_devices_share_arrays_there_are_none():

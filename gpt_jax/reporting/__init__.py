@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from gpt_jax.config import TrainConfig
 from gpt_jax.errors import UserError
 from gpt_jax.integrity import replace_file, written
+from gpt_jax.kernels import why_not
 from gpt_jax.metrics import flops_per_token
 from gpt_jax.model import GPT, count_params
 from gpt_jax.optimizer import decayed
@@ -145,6 +146,17 @@ def describe(mesh: Mesh) -> str:
     sizes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1)
     devices = f"{mesh.size} x {mesh.devices.flat[0].device_kind}"
     return f"{devices} ({sizes})" if sizes else devices
+
+
+def kernels(config: TrainConfig, mesh: Mesh, dtype: str) -> str:
+    """Return a line on why a GPU goes without the kernels that it was left to choose, or ""."""
+    reason = why_not(dtype)
+    if mesh.size > mesh.shape["data"]:
+        reason = "XLA cannot cut them along fsdp and tensor"
+    chosen = config.kernels == "auto" and mesh.devices.flat[0].platform == "gpu"
+    return (
+        f"\nwithout the kernels for LayerNorm and the loss: {reason}" if chosen and reason else ""
+    )
 
 
 def duration(seconds: float) -> str:
