@@ -58,12 +58,16 @@ def connected(config: TrainConfig | LoadConfig, advice: str) -> Iterator[None]:
         agree({name: value for name, value in vars(config).items() if name not in MAY_DIFFER})
         yield
         barrier()  # or the last to end would miss those that ended before
-    except (UserError, RunError) as error:
+    except UserError as error:
         # at once: JAX would wait for the others at its exit. Process 0 has the service that they
         # need to come to the same end
         if is_first():
             time.sleep(2 * PERIOD)
-        leave(2 if isinstance(error, UserError) else 1, f"error: {error}")
+        leave(2, f"error: {error}")
+    except RunError as error:
+        # a save fails where another process has died, too: the watch will know, and ends this one
+        time.sleep(SILENCE + 2 * PERIOD)
+        leave(1, f"error: {error}")
     except Exception as error:
         # most likely a collective that has lost its other end: the watch will know which
         print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
