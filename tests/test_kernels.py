@@ -2,12 +2,14 @@
 
 from dataclasses import replace
 from functools import partial
+from importlib.metadata import entry_points
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import SingleDeviceSharding
 from test_loss import shapes_in
 
 from gpt_jax import kernels, reporting
@@ -17,6 +19,7 @@ from gpt_jax.kernels import cross_entropy, layer_norm
 from gpt_jax.kernels.gelu import gelu
 from gpt_jax.loss import cross_entropy_of_projection
 from gpt_jax.model import GPT
+from gpt_jax.plan.topology import as_if_there, describe_topology
 
 RNG = np.random.default_rng(0)
 
@@ -138,6 +141,25 @@ def test_no_more_logits_than_a_chunk_exist_at_once():
     jaxpr = jax.make_jaxpr(mean_and_gradients, static_argnums=(2, 3))(X, W, "pallas", 10 * V)
     logits = [shape for shape in shapes_in(jaxpr.jaxpr) if len(shape) == 2 and shape[1] == V]
     assert max(np.prod(shape) for shape in logits) == 10 * V
+
+
+def test_xla_has_the_logits_of_one_piece_alive_at_a_time():
+    """Compiled for a GPU that is not there, at GPT-2's sizes; beside them lies all rows' gradient."""
+    if not any("cuda" in plugin.name for plugin in entry_points(group="jax_plugins")):
+        pytest.skip("JAX's CUDA plugin is not installed")
+    target, (n, c, v) = describe_topology("h200:1"), (65536, 768, 50304)
+    place = SingleDeviceSharding(target.devices[0])
+    shapes = [((n, c), jnp.bfloat16), ((v, c), jnp.float32), ((n,), jnp.int32)]
+    like = [jax.ShapeDtypeStruct(shape, dtype, sharding=place) for shape, dtype in shapes]
+    piece = 2**28
+
+    def total(x, weight, targets):
+        return cross_entropy.loss_of_projection(x, weight, targets, "bfloat16", piece)
+
+    with as_if_there(target):
+        step = jax.jit(jax.grad(total, (0, 1))).trace(*like).lower(lowering_platforms=("cuda",))
+        sizes = step.compile().memory_analysis()
+    assert 2 * piece < sizes.temp_size_in_bytes < 1.6 * 2 * piece
 
 
 # --- GELU
