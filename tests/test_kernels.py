@@ -144,7 +144,7 @@ def test_no_more_logits_than_a_chunk_exist_at_once():
 
 
 def test_xla_has_the_logits_of_one_piece_alive_at_a_time():
-    """Compiled for a GPU that is not there, at GPT-2's sizes; beside them lies all rows' gradient."""
+    """Compiled for a GPU that is not there; beside them lies the gradient of all rows."""
     if not any("cuda" in plugin.name for plugin in entry_points(group="jax_plugins")):
         pytest.skip("JAX's CUDA plugin is not installed")
     target, (n, c, v) = describe_topology("h200:1"), (65536, 768, 50304)
