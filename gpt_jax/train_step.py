@@ -11,8 +11,8 @@ from flax import struct
 from jax import Array
 from jax.sharding import Mesh
 
+from gpt_jax import kernels
 from gpt_jax.integrity import is_spike
-from gpt_jax.kernels import float8
 from gpt_jax.model import GPT
 from gpt_jax.sharding import reduced_once, state_sharding, total_loss
 
@@ -63,16 +63,17 @@ def make_train_step(
     the global norm before clipping (both float32), and how many updates were left out, "skipped" in
     all and "skipped_in_a_row" up to this one. The state passed in is donated: do not use it again.
 
-    An update is left out, parameters and optimizer as they were, where it, its loss or its gradient
-    is not finite, and, with a ``spike_zscore``, where the loss or the gradient's norm is so many
-    standard deviations above the last WINDOW (as in llm.c); it still counts as a step. With float16
-    an overflow also halves the loss scale (Micikevicius et al. 2018, "Mixed Precision Training").
-    On a ``mesh`` the state comes laid out by sharding.py, and stays so.
+    An update is left out, parameters and optimizer as they were, where its loss or gradient is not
+    finite (AdamW makes a finite update of a finite gradient), and, with a ``spike_zscore``, where
+    the loss or the gradient's norm is so many standard deviations above the last WINDOW (as in
+    llm.c); it still counts as a step. With float16 an overflow also halves the loss scale
+    (Micikevicius et al. 2018, "Mixed Precision Training"). On a ``mesh`` the state comes laid out
+    by sharding.py, and stays so.
     """
     half = model.config.dtype == "float16"
     deterministic = model.config.dropout == 0
 
-    @partial(jax.jit, donate_argnums=0, compiler_options=float8.options(model.config.matmul_dtype))
+    @partial(jax.jit, donate_argnums=0, compiler_options=kernels.compiler_options(model.config))
     def train_step(state: TrainState, tokens: Array, targets: Array):
         scale = state.loss_scale if half else jnp.float32(1)
         step_key = jax.random.fold_in(state.key, state.step)
@@ -101,8 +102,7 @@ def make_train_step(
         opt_state = at_step(state.opt_state, state.step)
         updates, opt_state = tx.update(grads, opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        norms = jnp.stack([loss, grad_norm, optax.tree.norm(updates)])
-        finite = jnp.isfinite(norms).all()
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         good, recent = finite, state.recent
         if spike_zscore:
             good &= ~is_spike(recent, loss, grad_norm, spike_zscore)

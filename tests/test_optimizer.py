@@ -8,6 +8,8 @@ import numpy as np
 import optax
 import pytest
 from flax.traverse_util import flatten_dict
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from gpt_jax.config import GPTConfig, TrainConfig
 from gpt_jax.model import GPT
@@ -189,6 +191,29 @@ def test_updates_are_adamws_by_hand(clip):  # M17, T14, T21
             theirs[i] -= rate * (m_hat / (np.sqrt(v_hat) + 1e-8) + decay * theirs[i])
         for ours, x in zip(jax.tree.leaves(params), theirs, strict=True):
             np.testing.assert_allclose(ours, x, rtol=2e-6, atol=2e-7)
+
+
+@pytest.mark.parametrize("clip", [0.0, 1.0])
+@given(
+    st.lists(
+        st.lists(st.floats(-(2.0**62), 2.0**62, width=32), min_size=4, max_size=4),
+        min_size=1,
+        max_size=6,
+    )
+)
+@settings(max_examples=100, deadline=None, derandomize=True)
+def test_a_finite_gradient_makes_a_finite_update(clip, gradients):  # C22
+    """Of all gradients whose norm is finite; train_step does not look at the update again."""
+    tx = make_optimizer(TrainConfig(grad_clip=clip, warmup_iters=0))
+    params = {"wte": {"weight": jnp.zeros((2, 2))}}
+    state = tx.init(params)
+    for gradient in gradients:
+        grads = {"wte": {"weight": jnp.array(gradient, jnp.float32).reshape(2, 2)}}
+        assert np.isfinite(optax.tree.norm(grads))
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        for x in jax.tree.leaves((updates, state, params)):
+            assert np.isfinite(x).all(), (x, gradient)
 
 
 def test_eps_is_1e_8_and_outside_the_root():  # M17

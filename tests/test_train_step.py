@@ -351,15 +351,6 @@ def poisoned_gradient(name, number):
     return Poisoned(MODEL.config)
 
 
-def poison_update(at, number):
-    """An optimizer that makes an update of ``number`` at one step."""
-
-    def update(updates, count, params=None):
-        return jax.tree.map(lambda u: jnp.where(count == at, number, u), updates), count + 1
-
-    return optax.chain(ADAMW, optax.GradientTransformation(lambda _: jnp.int32(0), update))
-
-
 def poison_loss(state, tokens, targets, number):
     params = {**state.params, "ln_f": {"weight": jnp.full(16, number, jnp.float32)}}
     return state.replace(params=params), tokens, targets
@@ -400,14 +391,6 @@ def test_one_bad_number_in_a_gradient_leaves_the_update_out(name, number):  # C2
     step = make_train_step(poisoned_gradient(name, number), ADAMW)
     state = assert_left_out(step, state, *batch(2, 8, 1))
     assert np.isfinite(step(state, *batch(2, 8, 1))[1]["loss"])
-
-
-@pytest.mark.parametrize("number", [np.nan, np.inf])
-def test_an_update_that_is_no_number_is_left_out_though_its_gradient_is_fine(number):  # C22
-    tx = poison_update(1, number)
-    step = make_train_step(MODEL, tx)
-    state, _ = step(state_of(tx), *batch(2, 8))
-    assert_left_out(step, state, *batch(2, 8, 1))
 
 
 def test_updates_left_out_are_counted_and_training_goes_on_as_if_they_had_not_been():  # C22

@@ -109,14 +109,6 @@ def backward(kept: tuple, dys: list[Array]) -> tuple[Array, Array]:
 products.defvjp(forward, backward)
 
 
-def options(matmul_dtype: str) -> dict[str, Any] | None:
-    """Return what XLA is to be told by a program with these products: jit's compiler_options.
-
-    Its Triton would take the transposes into products of its own, which cannot read them so.
-    """
-    return {"xla_gpu_enable_triton_gemm": False} if matmul_dtype == "float8" else None
-
-
 def check(x: Array, weight: Array) -> None:
     """Refuse what 8-bit products cannot do."""
     off = "or leave --matmul_dtype=auto"
