@@ -112,7 +112,7 @@ def fetch(source: str) -> Path:
     except Exception as error:  # whatever the network, the hub or the disk has to say
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(
-            f"{what} cannot be fetched from Hugging Face's hub ({reason:.300}): offline, name a "
+            f"{what} cannot be fetched from Hugging Face's hub ({reason:.150}): offline, name a "
             f"folder with its config.json and {WEIGHTS}, or set HF_HOME to a cache that has it"
         ) from None
 
