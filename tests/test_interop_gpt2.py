@@ -19,8 +19,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiktoken
 from jax.sharding import PartitionSpec
 
+import train
 from gpt_jax import load
 from gpt_jax.config import GPTConfig
 from gpt_jax.errors import UserError
@@ -28,6 +30,7 @@ from gpt_jax.interop import gpt2, safetensors_file
 from gpt_jax.interop.nanogpt import from_state_dict, to_state_dict
 from gpt_jax.model import GPT, count_params
 from gpt_jax.sharding import make_mesh
+from gpt_jax.tokenizer import tiktoken_tokenizer
 
 REFERENCE = Path(__file__).parent / "reference" / "hugging_face"
 MODELS = sorted(path.name for path in REFERENCE.iterdir())
@@ -476,7 +479,9 @@ def test_a_folder_is_loaded_without_the_hubs_packages(monkeypatch, tmp_path, tok
     monkeypatch.chdir(tmp_path)
     save(tmp_path / "a" / "b")
     for source in ("a/b", "./a/b", Path("a/b"), str(tmp_path / "a" / "b")):
-        assert same(load(source)[1], params_of(hugging_face()))
+        params = load(source, mesh=make_mesh(fsdp=2))[1]
+        assert same(params, params_of(hugging_face()))
+        assert params["wpe"]["weight"].sharding.spec == PartitionSpec(None, "fsdp")
 
 
 def test_a_short_name_is_the_hubs_even_where_such_a_folder_is(monkeypatch, tmp_path, tokenizer):
@@ -548,3 +553,87 @@ def test_what_is_no_name_of_the_hub_is_not_looked_for_there(monkeypatch, tmp_pat
     Path("run/checkpoints").mkdir(parents=True)
     Path("run/config.json").write_text("{}")
     assert not gpt2.is_theirs(source)
+
+
+# ---- the presets
+
+
+NARROW = GPTConfig(**{**vars(CONFIG), "vocab_size": 50257, "block_size": 16})
+
+
+@pytest.fixture
+def small_gpt2(tmp_path, monkeypatch):
+    """A folder with a narrow GPT-2 and data of its ids; and how the hub is asked for it."""
+    monkeypatch.chdir(tmp_path)
+    folder = save(tmp_path / "model", hugging_face(NARROW), vocab_size=50257, n_positions=16)
+    meta = {"vocab_size": 50304, "dtype": "uint16", "tokenizer": tiktoken_tokenizer("gpt2").spec}
+    for name in ("shakespeare", "openwebtext"):
+        data = Path("data", name)
+        data.mkdir(parents=True)
+        (data / "meta.json").write_text(json.dumps(meta))
+        for split in ("train", "val"):
+            ids = np.random.default_rng(0).integers(0, 50257, 200)
+            ids.astype("<u2").tofile(data / f"{split}.bin")
+    # the bytes of an id, for bits per byte, need no files of GPT-2's
+    encoding = SimpleNamespace(decode_single_token_bytes=lambda _: b"x")
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda _: encoding)
+    asked = []
+    fake_hub(monkeypatch, lambda repo, allow_patterns: asked.append(repo) or str(folder))
+    return asked
+
+
+def start(monkeypatch, *argv):
+    shape = ["--block_size=8", "--batch_size=1", "--eval_iters=1", "--data=1", "--device=cpu"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *argv, *shape])
+    assert train.main() == 0
+
+
+@pytest.mark.parametrize(
+    ("preset", "name"),
+    [
+        ("eval_gpt2", "gpt2"),
+        ("eval_gpt2_medium", "gpt2-medium"),
+        ("eval_gpt2_large", "gpt2-large"),
+        ("eval_gpt2_xl", "gpt2-xl"),
+    ],
+)
+def test_the_presets_evaluate_from_the_hub_and_from_a_folder(
+    small_gpt2, monkeypatch, capsys, preset, name
+):
+    start(monkeypatch, preset)
+    assert small_gpt2 == [f"openai-community/{name}"]
+    hub = capsys.readouterr().out.splitlines()[-1]
+    start(monkeypatch, preset, "--init_from=model")
+    assert hub == capsys.readouterr().out.splitlines()[-1]
+    assert hub.startswith("step 0: train loss ")
+    assert len(small_gpt2) == 1
+
+
+def test_shakespeare_is_finetuned_from_the_hub_and_from_a_folder_and_goes_on(
+    small_gpt2, monkeypatch, capsys
+):
+    few = ["--gradient_accumulation_steps=2", "--max_iters=2", "--always_save_checkpoint=True"]
+    lines = []
+    for i, extra in enumerate(([], ["--init_from=./model"])):
+        start(monkeypatch, "finetune_shakespeare", f"--out_dir=out{i}", *extra, *few)
+        out = capsys.readouterr().out.splitlines()
+        lines.append([line.split(", time")[0] for line in out if line.startswith("iter ")])
+    assert small_gpt2 == ["openai-community/gpt2-xl"]
+    assert lines[0] == lines[1]
+    assert len(lines[0]) == 2
+    model, params, _ = load(Path("out1"))
+    assert (model.config.activation, model.config.block_size) == ("gelu_tanh", 8)  # cropped
+    before = params_of(hugging_face(NARROW), NARROW)
+    moved = np.abs(params["wte"]["weight"] - before["wte"]["weight"]).max()
+    assert 0 < moved < 1e-3
+    start(monkeypatch, "--init_from=resume", "--out_dir=out1", "--max_iters=3")
+    assert "iteration 2" in capsys.readouterr().out
+
+
+def test_a_run_does_not_write_over_the_model_that_it_starts_from(small_gpt2, monkeypatch, capsys):
+    before = Path("model/config.json").read_bytes()
+    monkeypatch.setattr(sys, "argv", ["train.py", "finetune_shakespeare", "--init_from=model",
+                                      "--out_dir=model", "--data=1", "--block_size=8"])  # fmt: skip
+    assert train.main() == 2
+    assert "out_dir=model holds a model of Hugging Face's" in capsys.readouterr().err
+    assert Path("model/config.json").read_bytes() == before
