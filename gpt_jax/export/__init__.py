@@ -78,6 +78,9 @@ def main(argv: list[str]) -> None:
 
 def export(config: ExportConfig, destination: Path) -> str:
     """Write a model to a destination that is not there yet; return what to say of it."""
+    if config.to == "nanogpt":
+        # the one call to be wired: nanogpt_checkpoint.export(out_dir, step, destination)
+        raise UserError("to=nanogpt is not in this version")
     refuse_to_overwrite(destination)
     mesh = make_mesh(devices=jax.local_devices()[:1])
     if config.init_from == "resume":
@@ -92,12 +95,9 @@ def export(config: ExportConfig, destination: Path) -> str:
             notes += hugging_face.write(
                 path, model.config, params, tokenizer, config.dtype, config.keep_padding
             )
-        elif config.to == "safetensors":
+        else:
             trees = own.moments(config.out_dir, model, meta, mesh) if config.optimizer else {}
             own.write(path, model.config, {"": params, **trees}, tokenizer, config.dtype)
-        else:
-            # the one call to be wired: nanogpt_checkpoint.write(path, config.out_dir, meta["iter"])
-            raise UserError("to=nanogpt is not in this version")
     return "\n".join(notes)
 
 

@@ -91,7 +91,9 @@ def load_network(folder: Path, dtype: str, mesh: Mesh) -> tuple[GPT, dict[str, A
                 blocks[str(index)] = parameter[index]
             return blocks[str(index)]
 
-        return jax.make_array_from_callback(parameter.shape, sharding, block)
+        result = jax.make_array_from_callback(parameter.shape, sharding, block)
+        result.block_until_ready()  # else the next one's blocks would be there beside these
+        return result
 
     return GPT(config), jax.tree.map(array, parameters, state_sharding(mesh, parameters))
 
