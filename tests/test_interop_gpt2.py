@@ -310,7 +310,9 @@ def test_a_config_that_is_none_is_refused(tmp_path, text):
         gpt2.load_network(folder, "float32", ONE)
 
 
-@pytest.mark.parametrize("make", [os.mkfifo, Path.mkdir, lambda path: None], ids=str)
+@pytest.mark.parametrize(
+    "make", [os.mkfifo, Path.mkdir, lambda path: None], ids=["a pipe", "a folder", "nothing"]
+)
 def test_a_config_that_is_no_file_is_not_opened(tmp_path, make):
     folder = save(tmp_path / "x")
     (folder / "config.json").unlink()
