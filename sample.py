@@ -4,6 +4,7 @@ python sample.py --out_dir=out-shakespeare-char --start="FILE:prompt.txt" --num_
 """
 
 import sys
+from pathlib import Path
 
 import jax
 
@@ -32,7 +33,7 @@ def write(config: SampleConfig, prompt: str) -> None:
     """Load the model and write what it makes of the prompt."""
     use_platform(config.device)
     mesh = make_mesh(config.device, config.data, config.fsdp, config.tensor)
-    source = config.out_dir if config.init_from == "resume" else config.init_from
+    source = Path(config.out_dir) if config.init_from == "resume" else config.init_from
     model, params, tokenizer = load(source, step=config.step, dtype=config.dtype, mesh=mesh)
     ids = tokenizer.encode(prompt)
     stop = tokenizer.encode(config.stop)

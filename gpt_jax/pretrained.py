@@ -1,6 +1,7 @@
-"""A trained model by name: a run's out_dir, or OpenAI's GPT-2."""
+"""A trained model by name: a run's out_dir, or a GPT-2 of Hugging Face's, OpenAI's among them."""
 
 import sys
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,14 +14,17 @@ from gpt_jax.errors import DamageError, UserError
 from gpt_jax.integrity import check_sizes
 from gpt_jax.interop import gpt2
 from gpt_jax.model import GPT
-from gpt_jax.sharding import make_mesh, placed, state_sharding
+from gpt_jax.sharding import make_mesh, placed
 from gpt_jax.tokenizer import Tokenizer, from_json
 
 
 def load(
-    source: str, *, step: str = "", dtype: str = "auto", mesh: Mesh | None = None
+    source: str | Path, *, step: str = "", dtype: str = "auto", mesh: Mesh | None = None
 ) -> tuple[GPT, dict[str, Any], Tokenizer]:
-    """Return (model, params, tokenizer) of a run's folder, or of "gpt2", "gpt2-medium", ...
+    """Return (model, params, tokenizer) of a run's folder, or of Hugging Face's GPT-2s.
+
+    Those are "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2", any other's "owner/name"
+    on the hub, or a folder; a Path is never looked for on the hub.
 
     ``step`` picks a run's checkpoint: "best", "latest", a number, or "" for what nanoGPT would
     have kept. params are float32; ``dtype`` is that of the matrix products, "auto" the fastest
@@ -28,14 +32,10 @@ def load(
     more than its part. Raises UserError where there is nothing to load.
     """
     mesh = mesh or make_mesh(devices=jax.local_devices()[:1])
-    if source in gpt2.SIZES:
-        model, arrays, tokenizer = gpt2.load(source, product_dtype(dtype))
-        params = jax.tree.map(
-            lambda x, sharding: jax.make_array_from_callback(x.shape, sharding, x.__getitem__),
-            arrays, state_sharding(mesh, arrays),
-        )  # fmt: skip
+    if gpt2.is_theirs(source):
+        model, params, tokenizer = gpt2.load(source, product_dtype(dtype), mesh)
     else:
-        model, params, tokenizer, _ = load_run(source, step, dtype, mesh)
+        model, params, tokenizer, _ = load_run(str(source), step, dtype, mesh)
     return model if mesh.size == 1 else kernels.without(model), params, tokenizer
 
 

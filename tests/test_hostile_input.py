@@ -24,6 +24,7 @@ import train
 from gpt_jax import checkpoint, evaluate
 from gpt_jax.errors import exit_code
 from gpt_jax.integrity import amend
+from gpt_jax.interop.safetensors_file import write as write_safetensors
 from gpt_jax.prepare import __main__ as prepare_command
 from gpt_jax.prepare import prepare
 
@@ -564,54 +565,51 @@ def tensor(dtype="F32", shape=(1,), offsets=(0, 4), name="wte.weight"):
     ids=lambda data: repr(data[:30]),
 )
 def test_a_file_of_weights_that_lies_is_refused(work, run, monkeypatch, data):
-    pytest.importorskip("safetensors")
-    Path("model.safetensors").write_bytes(data)
-    hub = SimpleNamespace(hf_hub_download=lambda repo, file: file)
+    """From the hub as from a folder, before anything that it claims is allocated."""
+    Path("evil").mkdir()
+    Path("evil/model.safetensors").write_bytes(data)
+    Path("evil/config.json").write_text('{"model_type": "gpt2"}')
+    hub = SimpleNamespace(snapshot_download=lambda repo, allow_patterns: "evil")
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
-    refused(run(sample, "--init_from=gpt2"), "the weights cannot be had", "state_dict", "GPT-2",
-            "has shape", "not float32")  # fmt: skip
-
-
-def one(name="wte.weight", dtype="float32", shape=(50257, 768)):
-    return {name: np.broadcast_to(np.zeros((), dtype), shape)}
+    said = ("evil/model.safetensors is not a whole", "too few for n_layer=12")
+    refused(run(sample, "--init_from=gpt2"), *said)
+    refused(run(sample, "--init_from=evil"), *said)
+    refused(run(train, *TINY, "--init_from=./evil", "--out_dir=new"), *said)
+    refused(run(evaluate, "--init_from=someone/evil"), *said)
+    assert not Path("new").exists()
 
 
 @pytest.mark.parametrize(
-    "arrays",
+    ("changes", "said"),
     [
-        {},
-        one(),
-        one(shape=(3,)),
-        one(shape=()),
-        one(shape=(2**30, 2**30)),
-        one(dtype="float16"),
-        one(dtype="U5"),
-        one(dtype="O"),
-        one("h.0.attn.c_attn.weight", shape=(2, 3, 4, 5)),
-        one("a\nb"),
-        one("../../x"),
-        one("x" * 10**6),
-        OverflowError("a shape of\n2**99"),
-        MemoryError(),
-        KeyError("F999"),
+        ({"n_layer": LARGEST}, "too few for n_layer="),
+        ({"vocab_size": LARGEST}, "has shape (11, 8)"),
+        ({"n_embd": 2**30, "n_head": 2**29}, "has shape (11, 8)"),
+        ({"n_layer": HUGE}, "is out of range"),
+        ({"n_embd": HUGE}, "is out of range"),
+        ({"n_layer": -1}, "is out of range"),
+        ({"n_layer": [3]}, "it must be an int"),
+        ({"n_head": 3}, "is not a multiple"),
+        ({"model_type": "../../x"}, "model_type='../../x'"),
+        ({"model_type": "x" * 10**6}, "model_type="),
+        ({"auto_map": {"AutoModel": "evil.Model"}, "model_type": "custom"}, "model_type='custom'"),
+        ({"activation_function": "__import__('os').mkdir('marker')"}, "activation_function="),
+        ({"activation_function": {"a\n": 1}}, "activation_function="),
+        ({"layer_norm_epsilon": float("nan")}, "layer_norm_epsilon=nan"),
     ],
-    ids=lambda arrays: repr([*arrays] if isinstance(arrays, dict) else arrays)[:30],
+    ids=lambda case: repr(case)[:40],
 )
-def test_weights_that_are_not_gpt2s_are_refused(work, run, monkeypatch, arrays):
-    """Whatever the library that reads them makes of the file."""
-
-    def load_file(path):
-        if isinstance(arrays, Exception):
-            raise arrays
-        return arrays
-
-    files = SimpleNamespace(load_file=load_file)
-    hub = SimpleNamespace(hf_hub_download=lambda repo, file: file)
-    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
-    monkeypatch.setitem(sys.modules, "safetensors", SimpleNamespace(numpy=files))
-    monkeypatch.setitem(sys.modules, "safetensors.numpy", files)
-    refused(run(sample, "--init_from=gpt2"), "the weights cannot be had", "state_dict", "GPT-2",
-            "not float32", "has shape")  # fmt: skip
+def test_a_config_of_weights_that_lies_is_refused(work, run, changes, said):
+    """Hugging Face's config.json may name code to run: it is never looked at."""
+    arrays = {"wte.weight": np.zeros((11, 8), np.float32)}
+    arrays |= {f"h.{i}.ln_1.bias": np.zeros(8, np.float32) for i in range(3)}
+    Path("evil").mkdir()
+    write_safetensors(Path("evil/model.safetensors"), arrays, "float32", {})
+    sizes = {"n_layer": 2, "n_head": 2, "n_embd": 8, "n_positions": 6, "vocab_size": 11}
+    config = {"model_type": "gpt2", **sizes, **changes}
+    Path("evil/config.json").write_text(json.dumps(config))
+    Path("evil/evil.py").write_text(f"import os\nos.mkdir({MARKER!r})")
+    refused(run(sample, "--init_from=evil"), said)
 
 
 # ---- a data set's folder

@@ -16,6 +16,7 @@ import pytest
 from gpt_jax.bench.config import CompileBench, DecodeBench, LoaderBench, TrainBench
 from gpt_jax.config import SampleConfig, TrainConfig, parse
 from gpt_jax.evaluate import EvalConfig
+from gpt_jax.export import ExportConfig
 from gpt_jax.plan import PlanConfig
 
 ROOT = Path(__file__).parents[1]
@@ -137,6 +138,7 @@ def test_no_imports_go_in_a_circle():
 
 def test_interop_is_above_the_model_and_below_pretrained():
     allowed = {"model", "config", "errors", "tokenizer", "interop", "checkpoint", "train_step"}
+    allowed |= {"sharding"}  # weights go straight from their file into shards
     for path in sorted((PACKAGE / "interop").glob("*.py")):
         if path.name != "__main__.py":
             assert ours(tree(path).body) <= allowed, path.name
@@ -259,5 +261,5 @@ def test_every_packaged_preset_parses_by_name_and_by_nanogpts_path(path, tmp_pat
 def test_every_command_parses_with_nothing_said(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     benches = (TrainBench, DecodeBench, LoaderBench, CompileBench)
-    for kind in (TrainConfig, SampleConfig, EvalConfig, PlanConfig, *benches):
+    for kind in (TrainConfig, SampleConfig, EvalConfig, ExportConfig, PlanConfig, *benches):
         assert isinstance(parse([], kind), kind)

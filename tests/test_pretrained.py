@@ -15,7 +15,6 @@ from gpt_jax.checkpoint import Checkpoints
 from gpt_jax.config import TrainConfig
 from gpt_jax.errors import DamageError, UserError
 from gpt_jax.integrity import amend
-from gpt_jax.interop import gpt2
 from gpt_jax.pretrained import product_dtype
 from gpt_jax.sharding import make_mesh
 from gpt_jax.tokenizer import char_tokenizer
@@ -105,15 +104,6 @@ def test_parameters_are_laid_out_as_asked(run):
     assert len(eight["wte"]["weight"].sharding.device_set) == 8
     assert eight["wpe"]["weight"].sharding.spec == PartitionSpec(None, "fsdp")
     jax.tree.map(np.testing.assert_array_equal, one, eight)
-
-
-def test_openais_weights_are_laid_out_as_asked(monkeypatch):
-    arrays = jax.tree.map(np.asarray, params_of(0))
-    monkeypatch.setattr(gpt2, "load", lambda *_: (MODEL, arrays, "its tokenizer"))
-    mesh = make_mesh(fsdp=2)
-    params = load("gpt2", mesh=mesh)[1]
-    assert params["wpe"]["weight"].sharding.spec == PartitionSpec(None, "fsdp")
-    jax.tree.map(np.testing.assert_array_equal, params, arrays)
 
 
 @pytest.mark.parametrize("source", ["nothing", "gpt3", "."])

@@ -95,13 +95,19 @@ def usage(kind: type[Checked]) -> str:
     lines = [f"usage: {kind.command} [CONFIG ...] [--key=value ...]", "", kind.__doc__ or "", ""]
     lines += textwrap.wrap(f"CONFIG: a file of assignments, or one of {', '.join(PRESETS)}.", 100)
     lines += [f"Without one: {kind.preset or 'the defaults'}."]
+    return "\n".join(lines + keys(kind))
+
+
+def keys(kind: type[Checked]) -> list[str]:
+    """Return the lines of --help on the keys of a command."""
+    lines = []
     for f in in_order(kind):
         if f.metadata["group"]:
             lines += ["", f.metadata["group"]]
         shown = repr(f.default) if f.default in ("", "\n") else f.default
         choices = f" ({f.metadata['choices']})" if "choices" in f.metadata else ""
         lines.append(f"  {f'--{f.name}={shown}':34} {f.metadata['help']}{choices}")
-    return "\n".join(lines)
+    return lines
 
 
 def in_order(kind: type[Checked]) -> list[Any]:

@@ -15,6 +15,7 @@ from gpt_jax.commandline import save_config
 from gpt_jax.config import TrainConfig
 from gpt_jax.errors import DamageError, UserError
 from gpt_jax.integrity import check_sizes
+from gpt_jax.interop import gpt2
 from gpt_jax.model import GPT
 from gpt_jax.optimizer import make_optimizer
 from gpt_jax.pretrained import load, model_config
@@ -136,7 +137,15 @@ def move_damaged(out_dir: str, good: int) -> None:
 
 
 def make_room(config: TrainConfig, new: bool) -> None:
-    """Write down the config of a run that begins; if it is ``new``, an earlier one makes way."""
+    """Write down the config of a run that begins; if it is ``new``, an earlier one makes way.
+
+    Raises UserError where out_dir is a model of Hugging Face's: its config.json would be lost.
+    """
+    if gpt2.is_theirs(Path(config.out_dir)):
+        raise UserError(
+            f"out_dir={config.out_dir} holds a model of Hugging Face's, whose config.json a run "
+            "would replace: name another --out_dir"
+        )
     if is_first():
         if new:
             set_aside(config.out_dir)

@@ -1,0 +1,137 @@
+"""The command ``python -m gpt_jax.export``: a trained model in the form of other programs."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+
+from gpt_jax.commandline import keys
+from gpt_jax.config import Checked, key, parse
+from gpt_jax.errors import UserError, exit_code
+from gpt_jax.export import hugging_face, own
+from gpt_jax.integrity import free_bytes
+from gpt_jax.model import count_params
+from gpt_jax.pretrained import load, load_run
+from gpt_jax.runtime import use_platform
+from gpt_jax.sharding import make_mesh
+
+USAGE = "usage: python -m gpt_jax.export --out_dir=RUN --to=hf|safetensors|nanogpt DEST"
+ENDINGS = {"hf": "", "safetensors": ".safetensors", "nanogpt": ".pt"}
+
+
+@dataclass(frozen=True)
+class ExportConfig(Checked):
+    """Write a trained GPT for other programs: to DEST, which must not be there yet.
+
+    hf           a folder for transformers, vLLM and lm-eval: config.json, model.safetensors
+    safetensors  a file of our parameters by our names, with the config as its metadata
+    nanogpt      a ckpt.pt for nanoGPT
+    """
+
+    command = "python -m gpt_jax.export"
+    init_from: str = key("resume", "resume (out_dir)|gpt2|OWNER/NAME|PATH", "Model", name=True)
+    out_dir: str = key("out", "folder of the run", name=True)
+    step: str = key("", "'': best if only those were kept, or latest", choices="|best|latest|N")
+    to: str = key("hf", "the form", "Form", choices="hf|safetensors|nanogpt")
+    dtype: str = key("float32", "of what is written", choices="float32|bfloat16|float16")
+    keep_padding: bool = key(False, "hf: keep rows of the embedding that no token has")
+    optimizer: bool = key(False, "safetensors: AdamW's moments too, as mu.NAME and nu.NAME")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.optimizer and (self.to, self.dtype, self.init_from) != (
+            "safetensors", "float32", "resume",
+        ):  # fmt: skip
+            raise UserError(
+                f"optimizer=True is for a run's --to=safetensors --dtype=float32, not to={self.to} "
+                f"dtype={self.dtype} init_from={self.init_from}"
+            )
+        if self.to == "nanogpt" and (self.dtype, self.init_from) != ("float32", "resume"):
+            raise UserError(
+                f"to=nanogpt is for runs, in float32: not dtype={self.dtype} "
+                f"init_from={self.init_from}"
+            )
+
+
+@exit_code
+def main(argv: list[str]) -> None:
+    """Write the model; what interrupts it leaves nothing at its destination."""
+    if {"-h", "--help"} & set(argv):
+        print("\n".join([USAGE, "", ExportConfig.__doc__ or "", *keys(ExportConfig)]))
+        return
+    flags = [item for item in argv if item.startswith("-") or "=" in item]
+    config = parse(flags, ExportConfig)
+    if len(argv) != len(flags) + 1:
+        raise UserError(f"{len(argv) - len(flags)} destinations are named, not one; {USAGE}")
+    [destination] = (Path(item) for item in argv if item not in flags)
+    if not destination.name.endswith(ENDINGS[config.to]):
+        raise UserError(
+            f"to={config.to} makes a file: let {destination} end in {ENDINGS[config.to]}"
+        )
+    use_platform("cpu")
+    print(export(config, destination))
+
+
+def export(config: ExportConfig, destination: Path) -> str:
+    """Write a model to a destination that is not there yet; return what to say of it."""
+    if config.to == "nanogpt":
+        # the one call to be wired: nanogpt_checkpoint.export(out_dir, step, destination)
+        raise UserError("to=nanogpt is not in this version")
+    refuse_to_overwrite(destination)
+    mesh = make_mesh(devices=jax.local_devices()[:1])
+    if config.init_from == "resume":
+        model, params, tokenizer, meta = load_run(config.out_dir, config.step, "float32", mesh)
+        source = f"{config.out_dir}, iteration {meta['iter']}"
+    else:
+        model, params, tokenizer = load(config.init_from, dtype="float32", mesh=mesh)
+        source, meta = config.init_from, {}
+    notes = [f"{destination}: {source}, {count_params(params, False):,} parameters"]
+    with whole(destination) as path:
+        if config.to == "hf":
+            notes += hugging_face.write(
+                path, model.config, params, tokenizer, config.dtype, config.keep_padding
+            )
+        else:
+            trees = own.moments(config.out_dir, model, meta, mesh) if config.optimizer else {}
+            own.write(path, model.config, {"": params, **trees}, tokenizer, config.dtype)
+    return "\n".join(notes)
+
+
+def refuse_to_overwrite(destination: Path) -> None:
+    """Raise UserError where there is anything at a path, be it a broken link."""
+    if os.path.lexists(destination):
+        raise UserError(f"{destination} is there already, and stays: name another, or move it away")
+
+
+@contextmanager
+def whole(destination: Path) -> Iterator[Path]:
+    """Yield a path beside ``destination``; what is written there is moved to it once all is.
+
+    Else nothing is left of it. Raises UserError for whatever the disk refuses.
+    """
+    temporary = destination.with_name(f".{destination.name}.exporting")
+    try:
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        remove(temporary)  # of an export that was killed
+        yield temporary
+        refuse_to_overwrite(destination)
+        temporary.rename(destination)
+    except OSError as error:
+        reason = f"{error.strerror or error}{free_bytes(destination)}"
+        raise UserError(
+            f"{destination} cannot be written ({reason}): make room, or name another place"
+        ) from None
+    finally:
+        remove(temporary)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    elif os.path.lexists(path):
+        path.unlink()
