@@ -1,4 +1,4 @@
-"""A trained model by name: a run's out_dir, or OpenAI's GPT-2."""
+"""A trained model by name: a run's out_dir, nanoGPT's ckpt.pt, or OpenAI's GPT-2."""
 
 import sys
 from typing import Any
@@ -11,32 +11,43 @@ from gpt_jax import checkpoint, kernels
 from gpt_jax.config import GPTConfig
 from gpt_jax.errors import DamageError, UserError
 from gpt_jax.integrity import check_sizes
-from gpt_jax.interop import gpt2
+from gpt_jax.interop import gpt2, nanogpt_checkpoint
 from gpt_jax.model import GPT
 from gpt_jax.sharding import make_mesh, placed, state_sharding
 from gpt_jax.tokenizer import Tokenizer, from_json
 
 
 def load(
-    source: str, *, step: str = "", dtype: str = "auto", mesh: Mesh | None = None
-) -> tuple[GPT, dict[str, Any], Tokenizer]:
-    """Return (model, params, tokenizer) of a run's folder, or of "gpt2", "gpt2-medium", ...
+    source: str, *, step: str = "", dtype: str = "auto", mesh: Mesh | None = None,
+    data_dir: str = "data",
+) -> tuple[GPT, dict[str, Any], Tokenizer]:  # fmt: skip
+    """Return (model, params, tokenizer) of a run's folder, a ckpt.pt, or "gpt2", "gpt2-medium", ...
 
     ``step`` picks a run's checkpoint: "best", "latest", a number, or "" for what nanoGPT would
     have kept. params are float32; ``dtype`` is that of the matrix products, "auto" the fastest
     good one here. They lie on one device, or on a ``mesh`` (sharding.make_mesh), no device holding
-    more than its part. Raises UserError where there is nothing to load.
+    more than its part. nanoGPT's ckpt.pt has its tokenizer in ``data_dir``, with its data set.
+    Raises UserError where there is nothing to load.
     """
     mesh = mesh or make_mesh(devices=jax.local_devices()[:1])
     if source in gpt2.SIZES:
         model, arrays, tokenizer = gpt2.load(source, product_dtype(dtype))
-        params = jax.tree.map(
-            lambda x, sharding: jax.make_array_from_callback(x.shape, sharding, x.__getitem__),
-            arrays, state_sharding(mesh, arrays),
-        )  # fmt: skip
+    elif nanogpt_checkpoint.is_one(source):
+        model, arrays, tokenizer = nanogpt_checkpoint.load(source, product_dtype(dtype), data_dir)
     else:
-        model, params, tokenizer, _ = load_run(source, step, dtype, mesh)
-    return model if mesh.size == 1 else kernels.without(model), params, tokenizer
+        model, arrays, tokenizer, _ = load_run(source, step, dtype, mesh)
+    return model if mesh.size == 1 else kernels.without(model), place(mesh, arrays), tokenizer
+
+
+def place(mesh: Mesh, arrays: Any) -> Any:
+    """Return parameters, or a moment of theirs, laid out on a mesh; what is there already stays."""
+
+    def put(x: Any, sharding: Any) -> jax.Array:
+        if isinstance(x, jax.Array):
+            return x
+        return jax.make_array_from_callback(x.shape, sharding, x.__getitem__)
+
+    return jax.tree.map(put, arrays, state_sharding(mesh, arrays))
 
 
 def load_run(
