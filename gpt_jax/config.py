@@ -115,7 +115,7 @@ class TrainConfig(Hardware):
     keep: int = key(2, "newest checkpoints kept, beside the best", at_least=1)
     keep_every: int = key(0, "also keep those of every N iterations; 0: none", at_least=0)
     fallback: bool = key(True, "resume from an earlier checkpoint if the newest is damaged")
-    init_from: str = key("scratch", "scratch|resume|auto (either)|gpt2[-medium...]|PATH", name=True)
+    init_from: str = key("scratch", "scratch|resume|auto (either)|gpt2...|PATH|ckpt.pt", name=True)
     sample_tokens: int = key(0, "tokens of a sample shown when the run ends", at_least=0)
     wandb_log: bool = key(False, "log to Weights & Biases too", "Weights & Biases")
     wandb_project: str = key("owt", "its project")
@@ -173,7 +173,7 @@ class TrainConfig(Hardware):
 class LoadConfig(Hardware):
     """Which trained GPT to load."""
 
-    init_from: str = key("resume", "resume (out_dir)|gpt2[-medium...]|PATH", "Run", name=True)
+    init_from: str = key("resume", "resume (out_dir)|gpt2...|PATH|ckpt.pt", "Run", name=True)
     out_dir: str = key("out", "folder of the run", name=True)
     step: str = key("", "'': best if only those were kept, or latest", choices="|best|latest|N")
     data_dir: str = key("data", "folder of the datasets", name=True)

@@ -10,7 +10,7 @@ import sys
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +49,13 @@ ADAMW = {
     "differentiable": False, "fused": None, "decoupled_weight_decay": True,
 }  # fmt: skip
 FLOAT32 = np.dtype("float32")
+AS_OURS = {"eps": 1e-8, "amsgrad": False, "maximize": False}  # as optimizer.py has it
 NEVER = 1e9  # nanoGPT's best_val_loss before its first evaluation
 LARGEST = 2**31 - 1
 MOST_PADDING = 1024  # rows of the embedding beyond the tokenizer's ids
 LONGEST_NAME = 100  # characters of a tensor's name
-MASKS = (".attn.bias", ".attn.masked_bias")  # buffers, without PyTorch 2's attention
+MASK = ".attn.bias"  # no parameter; there where PyTorch had no scaled_dot_product_attention
+PLAIN = (int, float, bool, str, type(None))
 
 
 def is_one(source: str) -> bool:
@@ -86,30 +88,37 @@ class Checkpoint:
 
         `tree` makes parameters of each. Raises UserError where they are another optimizer's.
         """
+        if self.optimizer is None:
+            raise UserError(f"{self.path} has no optimizer: it can be sampled, not trained on")
         names = in_groups(self.model_config("float32", 0))
-        groups = [group["params"] for group in self.optimizer["param_groups"]]
-        state = self.optimizer["state"]
-        self.require(list(map(len, groups)) == list(map(len, names)), "groups other parameters")
-        for group in self.optimizer["param_groups"]:
-            for key, value in {"eps": 1e-8, "amsgrad": False, "maximize": False}.items():
+        try:
+            groups = self.optimizer["param_groups"]
+            numbers, state = [group["params"] for group in groups], self.optimizer["state"]
+            self.require(list(map(len, numbers)) == list(map(len, names)), "has other groups")
+            for group, (key, value) in product(groups, AS_OURS.items()):
                 found = group.get(key, value)
-                self.require(found == value, f"has {key}={found!r:.60}, train.py has {value!r}")
-        numbers = dict(zip(chain(*names), chain(*groups), strict=True))
-        counts = {number_of(state[number]["step"]) for number in numbers.values()}
-        self.require(len(counts) == 1, "counts other updates for some parameters")
-        [count] = counts
-        self.require(0 <= count <= LARGEST and count == int(count), f"counts {count} updates")
-        first, second = (
-            {name: state[number][key] for name, number in numbers.items()}
-            for key in ("exp_avg", "exp_avg_sq")
-        )
-        return int(count), first, second
+                plain = type(found) in PLAIN and found == value
+                self.require(plain, f"has not {key}={value}, as train.py has")
+            entries = [state[number] for number in chain(*numbers)]
+            counts = {number_of(entry["step"]) for entry in entries}
+            whole = len(counts) == 1 and max(counts) <= LARGEST and max(counts).is_integer()
+            self.require(whole and min(counts) >= 0, "has no count of updates that all share")
+            first, second = (
+                dict(zip(chain(*names), [entry[key] for entry in entries], strict=True))
+                for key in ("exp_avg", "exp_avg_sq")
+            )
+            return int(max(counts)), first, second
+        except UserError:
+            raise
+        except Exception as error:  # of what lies in the place of something else
+            self.require(False, f"cannot be read ({type(error).__name__})")
+            raise
 
     def require(self, holds: bool, otherwise: str) -> None:
         """Raise UserError, with what is wrong of the optimizer, unless something holds."""
         if not holds:
             raise UserError(
-                f"{self.path}: the optimizer {otherwise}: only nanoGPT's AdamW can be gone on with"
+                f"{self.path}: its optimizer {otherwise}: only nanoGPT's AdamW can be gone on with"
             )
 
     def tree(self, arrays: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -120,11 +129,12 @@ class Checkpoint:
             if not exact:  # nothing is lost in float32
                 found = x.dtype if isinstance(x, Tensor) else type(x).__name__
                 raise UserError(f"{self.path}: '{name}' is {found}, not float32")
-        # its own copy of all: the file's pages could not be given to XLA
-        return jax.tree.map(
-            lambda x: x.astype(np.float32, copy=not x.flags.owndata),
-            from_state_dict(arrays, config),
-        )
+        try:
+            tree = from_state_dict(arrays, config)
+        except UserError as error:
+            raise UserError(f"{self.path}: {error}") from None
+        # its own copy of all: XLA may write over what it is given
+        return jax.tree.map(lambda x: x.astype(np.float32, copy=not x.flags.owndata), tree)
 
 
 def read(path: str) -> Checkpoint:
@@ -134,7 +144,11 @@ def read(path: str) -> Checkpoint:
     """
     saved = torch_file.load(path)
     try:
-        state, network = saved["model"], saved["model_args"]
+        state, network, iter_num = saved["model"], saved["model_args"], saved["iter_num"]
+        config = {k: x for k, x in saved.get("config", {}).items() if k in KEYS and k not in OURS}
+        for name, x in {**network, **config, "iter_num": iter_num}.items():
+            if type(x) not in PLAIN:  # of others, made to have no end, not even the repr is safe
+                raise ValueError(f"{name!r:.60} is a {type(x).__name__}")
         kinds = {f: GPTConfig.__dataclass_fields__[f].type for f in (*SIZES, "dropout")}
         unknown = [name for name in network if name not in kinds]
         if unknown:
@@ -147,9 +161,8 @@ def read(path: str) -> Checkpoint:
         if odd:  # it would be quoted
             raise ValueError(f"it has a tensor {odd[0]!r:.60}")
         model = {str(n).removeprefix("_orig_mod."): x for n, x in state.items()}
-        model = {n: x for n, x in model.items() if not n.endswith(MASKS) or x.shape[:1] != (1,)}
-        config = {k: x for k, x in saved.get("config", {}).items() if k in KEYS and k not in OURS}
-        iter_num, best = saved["iter_num"], number_of(saved["best_val_loss"])
+        model = {n: x for n, x in model.items() if not n.endswith(MASK)}
+        best = number_of(saved["best_val_loss"])
         if type(iter_num) is not int or not 0 <= iter_num <= LARGEST:
             raise ValueError(f"iter_num={iter_num!r:.60}")
         # before anything is made for so many layers as are claimed
@@ -236,10 +249,7 @@ def export(out_dir: str, step: str, destination: Path, *, optimizer: bool = True
     UserError where a file is there already, or nanoGPT has no such network.
     """
     file = destination if destination.suffix == ".pt" else destination / "ckpt.pt"
-    symbols_file = file.with_name("meta.pkl")
-    for path in (file, symbols_file):
-        if path.exists():
-            raise UserError(f"{path} is there already: move it away, or name another destination")
+    refuse_to_overwrite(file)
     for number in (candidates := checkpoint.choose(out_dir, step)):
         try:
             meta, network, state = restored(out_dir, number, optimizer)
@@ -250,11 +260,14 @@ def export(out_dir: str, step: str, destination: Path, *, optimizer: bool = True
             print(f"passed over: {error}", file=sys.stderr)
     else:
         raise AssertionError
-    config = run_config(meta)
-    tokenizer = from_json(meta["tokenizer"])
+    config, tokenizer = run_config(meta), from_json(meta["tokenizer"])
+    char = tokenizer.spec["kind"] == "char"
+    symbols_file = file.with_name("meta.pkl")
+    if char:
+        refuse_to_overwrite(symbols_file)
     torch_file.save(file, contents(meta, config, network, state, optimizer))
     said = [f"{file}: iteration {meta['iter']} of {out_dir}"]
-    if tokenizer.spec["kind"] == "char":
+    if char:
         symbols_file.write_bytes(torch_file.pickled(meta_of(tokenizer)))
         place = f"data/{config.dataset}/meta.pkl"
         said.append(f"{symbols_file}: its symbols; nanoGPT's sample.py looks for them in {place}")
@@ -264,6 +277,12 @@ def export(out_dir: str, step: str, destination: Path, *, optimizer: bool = True
     if not optimizer:
         said.append("no optimizer: nanoGPT's sample.py can use it, --init_from=resume cannot")
     return said
+
+
+def refuse_to_overwrite(path: Path) -> None:
+    """Raise UserError where a file is."""
+    if path.exists():
+        raise UserError(f"{path} is there already: move it away, or name another destination")
 
 
 def restored(out_dir: str, step: int, optimizer: bool) -> tuple[dict[str, Any], GPTConfig, Any]:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-import ml_dtypes
+import jax.numpy as jnp
 import numpy as np
 
 from gpt_jax.errors import UserError
@@ -34,7 +34,7 @@ DTYPES = {
     "FloatStorage": np.dtype("float32"),
     "DoubleStorage": np.dtype("float64"),
     "HalfStorage": np.dtype("float16"),
-    "BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
+    "BFloat16Storage": np.dtype(jnp.bfloat16),
     "LongStorage": np.dtype("int64"),
     "IntStorage": np.dtype("int32"),
 }
@@ -106,9 +106,11 @@ def load(path: str | Path) -> Any:
             # nanoGPT's output layer is its embedding once more: never twice the file
             _require(claimed <= 2 * size, f"its tensors claim {claimed:,} bytes, it has {size:,}")
             return value
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
     except Exception as error:  # what a bad archive or pickle can raise is open-ended
         ours = type(error) is ValueError and str(error).isprintable()
-        reason = str(error) if ours else getattr(error, "strerror", None) or repr(error)
+        reason = str(error) if ours else repr(error)
         raise UserError(
             f"{path} cannot be read as a file of tensors by torch.save ({reason:.200}): copy it "
             "again, or save it again with tensors and plain values alone"
@@ -281,7 +283,7 @@ class _Machine:
             offset + sum((n - 1) * m for n, m in zip(shape, strides, strict=True)) if whole else 0
         )
         inside = whole and 0 < math.prod(shape) <= storage.elements and last < storage.elements
-        _require(inside, f"a tensor of shape {shape!r:.60} is not within its {storage.name!r:.60}")
+        _require(inside, f"a tensor is not within its {storage.name!r:.60}")
         entry, dtype = self.entries[storage.name], storage.dtype
 
         def read() -> np.ndarray:
