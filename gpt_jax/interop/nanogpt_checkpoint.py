@@ -92,34 +92,31 @@ class Checkpoint:
             raise UserError(f"{self.path} has no optimizer: it can be sampled, not trained on")
         names = in_groups(self.model_config("float32", 0))
         try:
-            groups = self.optimizer["param_groups"]
-            numbers, state = [group["params"] for group in groups], self.optimizer["state"]
-            self.require(list(map(len, numbers)) == list(map(len, names)), "has other groups")
+            groups, state = self.optimizer["param_groups"], self.optimizer["state"]
+            numbers = [group["params"] for group in groups]
+            if list(map(len, numbers)) != list(map(len, names)):
+                raise ValueError("its groups are of other sizes")
             for group, (key, value) in product(groups, AS_OURS.items()):
                 found = group.get(key, value)
-                plain = type(found) in PLAIN and found == value
-                self.require(plain, f"has not {key}={value}, as train.py has")
+                if type(found) not in PLAIN or found != value:
+                    raise ValueError(f"{key} is not {value}")
             entries = [state[number] for number in chain(*numbers)]
             counts = {number_of(entry["step"]) for entry in entries}
-            whole = len(counts) == 1 and max(counts) <= LARGEST and max(counts).is_integer()
-            self.require(whole and min(counts) >= 0, "has no count of updates that all share")
+            [count] = counts if len(counts) == 1 else [-1.0]
+            if not (0 <= count <= LARGEST and count.is_integer()):
+                raise ValueError("there is no one count of updates")
             first, second = (
                 dict(zip(chain(*names), [entry[key] for entry in entries], strict=True))
                 for key in ("exp_avg", "exp_avg_sq")
             )
-            return int(max(counts)), first, second
+            return int(count), first, second
         except UserError:
             raise
         except Exception as error:  # of what lies in the place of something else
-            self.require(False, f"cannot be read ({type(error).__name__})")
-            raise
-
-    def require(self, holds: bool, otherwise: str) -> None:
-        """Raise UserError, with what is wrong of the optimizer, unless something holds."""
-        if not holds:
             raise UserError(
-                f"{self.path}: its optimizer {otherwise}: only nanoGPT's AdamW can be gone on with"
-            )
+                f"{self.path}: its optimizer is not nanoGPT's AdamW ({reason(error)}): it can be "
+                "sampled, not trained on"
+            ) from None
 
     def tree(self, arrays: Mapping[str, Tensor]) -> dict[str, Any]:
         """Return tensors by nanoGPT's names as our parameters are, numpy float32."""
@@ -132,7 +129,7 @@ class Checkpoint:
         try:
             tree = from_state_dict(arrays, config)
         except UserError as error:
-            raise UserError(f"{self.path}: {error}") from None
+            raise of_file(self.path, error) from None
         # its own copy of all: XLA may write over what it is given
         return jax.tree.map(lambda x: x.astype(np.float32, copy=not x.flags.owndata), tree)
 
@@ -175,14 +172,23 @@ def read(path: str) -> Checkpoint:
         result.model_config("float32", 0)
         return result
     except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+        raise of_file(path, error) from None
     except Exception as error:  # of what lies in the place of something else
-        ours = type(error) is ValueError
-        reason = str(error) if ours else f"{type(error).__name__}: {error!s:.80}"
-        reason = reason if reason.isprintable() else ascii(reason)
         raise UserError(
-            f"{path} is not a checkpoint of nanoGPT's train.py ({reason:.200}): name its ckpt.pt"
+            f"{path} is not a checkpoint of nanoGPT's train.py ({reason(error)}): name its ckpt.pt"
         ) from None
+
+
+def of_file(path: str, error: UserError) -> UserError:
+    """Return an error that names the file it is of."""
+    return error if str(error).startswith(path) else UserError(f"{path}: {error}")
+
+
+def reason(error: Exception) -> str:
+    """Return what is wrong with a file, in a part of a line."""
+    ours = type(error) is ValueError
+    text = str(error) if ours else f"{type(error).__name__}: {error!s:.80}"
+    return f"{text if text.isprintable() else ascii(text):.200}"
 
 
 def number_of(x: Any) -> float:
@@ -201,6 +207,7 @@ def settings(path: str) -> tuple[dict[str, Any], dict[str, Any]]:
     saved = read(path)
     kinds = {f: TrainConfig.__dataclass_fields__[f].type for f in saved.config}
     config = {k: typed(k, x, kinds[k], f"{path}: ") for k, x in saved.config.items()}
+    dataset_of(saved)
     forced = {name: saved.network[name] for name in SIZES if name != "vocab_size"}
     return config, {**forced, "activation": "gelu"}
 
