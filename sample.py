@@ -34,7 +34,8 @@ def write(config: SampleConfig, prompt: str) -> None:
     use_platform(config.device)
     mesh = make_mesh(config.device, config.data, config.fsdp, config.tensor)
     source = Path(config.out_dir) if config.init_from == "resume" else config.init_from
-    model, params, tokenizer = load(source, step=config.step, dtype=config.dtype, mesh=mesh)
+    where = {name: getattr(config, name) for name in ("step", "dtype", "data_dir")}
+    model, params, tokenizer = load(source, mesh=mesh, **where)
     ids = tokenizer.encode(prompt)
     stop = tokenizer.encode(config.stop)
     if len(stop) > 1:

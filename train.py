@@ -7,14 +7,12 @@ python train.py train_gpt2 --dataset=openwebtext
 
 import math
 import sys
-from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from gpt_jax import reporting
 from gpt_jax.checkpoint import Checkpoints
@@ -33,8 +31,8 @@ from gpt_jax.reporting.summary import summary
 from gpt_jax.runtime import Stop, agree, connected, in_turn, use_platform
 from gpt_jax.runtime.running import running
 from gpt_jax.sharding import batch_sharding, make_mesh, micro_batches, state_sharding
-from gpt_jax.start import finetune, make_room, resume, saved_meta
-from gpt_jax.train_step import TrainState, init_state, make_train_step
+from gpt_jax.start import finetune, first_state, make_room, resume, saved_meta
+from gpt_jax.train_step import make_train_step
 
 
 @exit_code
@@ -70,8 +68,7 @@ def train(config: TrainConfig, stop: Stop) -> None:
 
     # ---- 4. What it trains ----------------------------------------------------------------------
     if saved:
-        model, state, meta = resume(config, saved, dtype, tokenizer, mesh, first_state)
-        print(f"resuming from {config.out_dir}, iteration {meta['iter']}")
+        model, state, meta = resume(config, saved, dtype, tokenizer, mesh)
     elif config.init_from in ("scratch", "auto"):
         model = GPT(config.model_config(vocab_size, dtype, tokenizer.n_tokens))
         first = first_state(config, model)
@@ -101,10 +98,10 @@ def train(config: TrainConfig, stop: Stop) -> None:
         return
 
     # ---- 6. The loop ----------------------------------------------------------------------------
-    make_room(config, new=not saved)
+    make_room(config)
     report = reporting.Report(config, mesh, model, state.params, tokens_per_iter, meta)
     checkpoints = Checkpoints(config.out_dir, config.keep, config.keep_every)
-    best, at = meta["best_val_loss"], meta["iter"]  # at: the iteration that was saved last
+    best, at = meta["best_val_loss"], meta.get("saved", meta["iter"])  # at: the one saved last
 
     def save(iteration: int, val_loss: float | None = None) -> None:
         nonlocal at
@@ -177,17 +174,6 @@ def train(config: TrainConfig, stop: Stop) -> None:
         print(f"stopped at iteration {at} and saved: --init_from=resume goes on from there")
     else:
         summary(config, val, model, state.params, tokenizer)
-
-
-def first_state(config: TrainConfig, model: GPT) -> Callable[[], TrainState]:
-    """Return the function that makes a model's first state from the seed."""
-
-    def new() -> TrainState:
-        init_key, dropout_key = jax.random.split(jax.random.key(config.seed))
-        params = model.init(init_key, jnp.zeros((1, 1), jnp.int32))["params"]
-        return init_state(params, make_optimizer(config), dropout_key)
-
-    return new
 
 
 if __name__ == "__main__":

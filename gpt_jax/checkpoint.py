@@ -189,7 +189,10 @@ def choose(out_dir: str, step: str) -> list[int]:
     """
     have = steps(out_dir)
     if not have:
-        raise UserError(f"no checkpoint in {out_dir}: train first, or name a run with --out_dir")
+        advice = "train first, or name a run with --out_dir"
+        if (nanogpts := Path(out_dir) / "ckpt.pt").is_file():
+            advice = f"nanoGPT's is taken by --init_from={nanogpts}"
+        raise UserError(f"no checkpoint in {out_dir}: {advice}")
     if step.isdecimal():
         if int(step) not in have:
             raise UserError(f"{out_dir} has no checkpoint of step {step}, only of {have}")

@@ -1,4 +1,4 @@
-"""A trained model by name: a run's out_dir, or a GPT-2 of Hugging Face's, OpenAI's among them."""
+"""A trained model by name: a run's out_dir, nanoGPT's ckpt.pt, or a GPT-2 of Hugging Face's."""
 
 import sys
 from pathlib import Path
@@ -12,16 +12,17 @@ from gpt_jax import checkpoint, kernels
 from gpt_jax.config import GPTConfig
 from gpt_jax.errors import DamageError, UserError
 from gpt_jax.integrity import check_sizes
-from gpt_jax.interop import gpt2
+from gpt_jax.interop import gpt2, nanogpt_checkpoint
 from gpt_jax.model import GPT
 from gpt_jax.sharding import make_mesh, placed
 from gpt_jax.tokenizer import Tokenizer, from_json
 
 
 def load(
-    source: str | Path, *, step: str = "", dtype: str = "auto", mesh: Mesh | None = None
-) -> tuple[GPT, dict[str, Any], Tokenizer]:
-    """Return (model, params, tokenizer) of a run's folder, or of Hugging Face's GPT-2s.
+    source: str | Path, *, step: str = "", dtype: str = "auto", mesh: Mesh | None = None,
+    data_dir: str = "data",
+) -> tuple[GPT, dict[str, Any], Tokenizer]:  # fmt: skip
+    """Return (model, params, tokenizer) of a run's folder, a ckpt.pt, or Hugging Face's GPT-2s.
 
     Those are "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "distilgpt2", any other's "owner/name"
     on the hub, or a folder; a Path is never looked for on the hub.
@@ -29,10 +30,14 @@ def load(
     ``step`` picks a run's checkpoint: "best", "latest", a number, or "" for what nanoGPT would
     have kept. params are float32; ``dtype`` is that of the matrix products, "auto" the fastest
     good one here. They lie on one device, or on a ``mesh`` (sharding.make_mesh), no device holding
-    more than its part. Raises UserError where there is nothing to load.
+    more than its part. nanoGPT's ckpt.pt has its tokenizer in ``data_dir``, with its data set.
+    Raises UserError where there is nothing to load.
     """
     mesh = mesh or make_mesh(devices=jax.local_devices()[:1])
-    if gpt2.is_theirs(source):
+    if nanogpt_checkpoint.is_one(source):
+        its = nanogpt_checkpoint.load(str(source), product_dtype(dtype), mesh, data_dir)
+        model, params, tokenizer = its
+    elif gpt2.is_theirs(source):
         model, params, tokenizer = gpt2.load(source, product_dtype(dtype), mesh)
     else:
         model, params, tokenizer, _ = load_run(str(source), step, dtype, mesh)

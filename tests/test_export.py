@@ -371,7 +371,6 @@ def test_a_value_beyond_float16_is_refused_and_leaves_nothing(work, run, monkeyp
         (["--out_dir=nowhere", "a"], "no checkpoint in nowhere"),
         (["--out_dir=plain", "--to=gguf", "a"], "to='gguf' is not one of hf|safetensors|nanogpt"),
         (["--out_dir=plain", "--to=safetensors", "a"], "let a end in .safetensors"),
-        (["--out_dir=plain", "--to=nanogpt", "a"], "let a end in .pt"),
         (["--out_dir=plain", "--optimizer=True", "a"], "optimizer=True is for a run's --to=safet"),
         (["--to=safetensors", "--optimizer=True", "--dtype=float16", "a"], "dtype=float16"),
         (["--to=nanogpt", "--dtype=bfloat16", "a.pt"], "dtype=bfloat16"),

@@ -24,8 +24,8 @@ from gpt_jax.sharding import (
     placed,
     state_sharding,
 )
+from gpt_jax.start import first_state
 from gpt_jax.train_step import init_state
-from train import first_state
 
 SIZES = {"n_layer": 2, "n_head": 8, "n_embd": 64, "block_size": 16, "vocab_size": 96}
 

@@ -1,6 +1,7 @@
 """How a command line becomes a config, and what a config looks like printed.
 
-One layer over another: defaults < the saved run (when it is resumed) < config files < flags.
+One layer over another: defaults < the saved run (when it is resumed) < config files < flags. Of
+nanoGPT's ckpt.pt the network's sizes lie over the config files, as in nanoGPT's own resume.
 """
 
 import json
@@ -15,6 +16,7 @@ from gpt_jax.commandline.files import PRESETS, read_config, suggest
 from gpt_jax.config import Checked, Hardware, LoadConfig, T, TrainConfig, typed
 from gpt_jax.errors import UserError
 from gpt_jax.integrity import replace_file, written
+from gpt_jax.interop import nanogpt_checkpoint
 
 LONGEST_PROMPT = 10**7  # characters: a device in place of a file has no end
 LONGEST_CONFIG = 10**6  # bytes
@@ -64,6 +66,11 @@ def parse(argv: list[str], kind: type[T]) -> T:
                 flags[name] = READERS[kinds[name]](flags[name])
     configs = files or ([kind.preset] if kind.preset else [])
     values = layers({}, configs, flags, kind)
+    source = values.get("init_from", "")
+    if kind == TrainConfig and isinstance(source, str) and nanogpt_checkpoint.is_one(source):
+        # a config file may be the run's, made for other sizes by flags: the checkpoint's hold
+        saved, network = nanogpt_checkpoint.settings(source)
+        return kind(**{**layers(saved, files, {}, kind), **network, **flags})
     resumes = kind == TrainConfig and values.get("init_from") in ("resume", "auto")
     if resumes and (saved := saved_run(values.get("out_dir", TrainConfig.out_dir))):
         # A run asked for by name needs no config to go on. Otherwise quickstart lies over what was

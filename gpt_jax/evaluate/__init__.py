@@ -10,6 +10,7 @@ from gpt_jax.config import LoadConfig, TrainConfig, key, parse
 from gpt_jax.data import evaluation_starts
 from gpt_jax.errors import exit_code
 from gpt_jax.evaluation import Evaluation, evaluate, make_eval_step
+from gpt_jax.interop import nanogpt_checkpoint
 from gpt_jax.prepare.checked import open_checked
 from gpt_jax.prepare.dataset import for_dataset
 from gpt_jax.pretrained import load, load_run
@@ -49,8 +50,13 @@ def measure(config: EvalConfig) -> None:
         print(f"{config.out_dir}, iteration {meta['iter']}, on {dataset}", file=sys.stderr)
     else:
         model, params, tokenizer = load(
-            config.init_from, step=config.step, dtype=config.dtype, mesh=mesh
-        )
+            config.init_from, step=config.step, dtype=config.dtype, mesh=mesh,
+            data_dir=config.data_dir,
+        )  # fmt: skip
+        if nanogpt_checkpoint.is_one(config.init_from):
+            theirs = nanogpt_checkpoint.read(config.init_from)
+            dataset = dataset or nanogpt_checkpoint.dataset_of(theirs)
+            print(f"{theirs.path}, iteration {theirs.iter_num}, on {dataset}", file=sys.stderr)
     folder = Path(config.data_dir) / (dataset or "openwebtext")
     _, _, dtype = for_dataset(folder)
     eval_step = make_eval_step(model, mesh)

@@ -14,13 +14,14 @@ from gpt_jax.config import Checked, key, parse
 from gpt_jax.errors import UserError, exit_code
 from gpt_jax.export import hugging_face, own
 from gpt_jax.integrity import free_bytes
+from gpt_jax.interop import nanogpt_checkpoint
 from gpt_jax.model import count_params
 from gpt_jax.pretrained import load, load_run
 from gpt_jax.runtime import use_platform
 from gpt_jax.sharding import make_mesh
 
 USAGE = "usage: python -m gpt_jax.export --out_dir=RUN --to=hf|safetensors|nanogpt DEST"
-ENDINGS = {"hf": "", "safetensors": ".safetensors", "nanogpt": ".pt"}
+ENDINGS = {"hf": "", "safetensors": ".safetensors", "nanogpt": ""}
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class ExportConfig(Checked):
 
     hf           a folder for transformers, vLLM and lm-eval: config.json, model.safetensors
     safetensors  a file of our parameters by our names, with the config as its metadata
-    nanogpt      a ckpt.pt for nanoGPT
+    nanogpt      a ckpt.pt for nanoGPT, with the optimizer's state: the file, or an out_dir for it
     """
 
     command = "python -m gpt_jax.export"
@@ -79,8 +80,7 @@ def main(argv: list[str]) -> None:
 def export(config: ExportConfig, destination: Path) -> str:
     """Write a model to a destination that is not there yet; return what to say of it."""
     if config.to == "nanogpt":
-        # the one call to be wired: nanogpt_checkpoint.export(out_dir, step, destination)
-        raise UserError("to=nanogpt is not in this version")
+        return "\n".join(nanogpt_checkpoint.export(config.out_dir, config.step, destination))
     refuse_to_overwrite(destination)
     mesh = make_mesh(devices=jax.local_devices()[:1])
     if config.init_from == "resume":

@@ -82,25 +82,29 @@ def from_state_dict(arrays: Mapping[str, Any], config: GPTConfig) -> dict[str, A
 
 def to_state_dict(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """Return nanoGPT's names and numpy arrays, lm_head included, in nanoGPT's order."""
-
-    def linear(x: np.ndarray, inputs: int) -> np.ndarray:
-        flat = x.reshape(int(np.prod(x.shape[:inputs])), -1)  # (in, out)
-        return np.ascontiguousarray(flat.T)
-
-    result: dict[str, np.ndarray] = {}
-    for name in ("wte", "wpe"):
-        result[f"{PREFIX}{name}.weight"] = np.asarray(params[name]["weight"])
-    for i in range(params["h"]["ln_1"]["weight"].shape[0]):
-        for name in LAYER:
-            node = params["h"]
-            for part in name.split("."):
-                node = node[part]
-            x = np.asarray(node["weight"][i])
-            if not name.startswith("ln"):
-                x = linear(x, 2 if name == "attn.c_proj" else 1)
-            result[f"{PREFIX}h.{i}.{name}.weight"] = x
-            if "bias" in node:
-                result[f"{PREFIX}h.{i}.{name}.bias"] = np.asarray(node["bias"][i]).reshape(-1)
-    for kind, x in params["ln_f"].items():
-        result[f"{PREFIX}ln_f.{kind}"] = np.asarray(x)
+    layers = range(params["h"]["ln_1"]["weight"].shape[0])
+    modules = ["wte", "wpe", *(f"h.{i}.{name}" for i in layers for name in LAYER), "ln_f"]
+    kinds = ("weight", "bias") if "bias" in params["ln_f"] else ("weight",)
+    names = [
+        f"{PREFIX}{module}.{kind}"
+        for module in modules
+        for kind in (kinds if module not in ("wte", "wpe") else ("weight",))
+    ]
+    result = {name: state_dict_array(params, name) for name in names}
     return {**result, "lm_head.weight": result[PREFIX + "wte.weight"]}
+
+
+def state_dict_array(params: Mapping[str, Any], name: str) -> np.ndarray:
+    """Return the array that nanoGPT has under a name, of our parameters or a moment of theirs."""
+    *modules, kind = name.removeprefix(PREFIX).split(".")
+    node: Any = params
+    for module in modules:
+        node = node if module.isdecimal() else node[module]
+    x = np.asarray(node[kind][int(modules[1])] if modules[0] == "h" else node[kind])
+    if kind == "bias":
+        return x.reshape(-1)
+    if not modules[-1].startswith("c_"):
+        return x
+    inputs = 2 if modules[-2:] == ["attn", "c_proj"] else 1
+    flat = x.reshape(int(np.prod(x.shape[:inputs])), -1)  # (in, out)
+    return np.ascontiguousarray(flat.T)

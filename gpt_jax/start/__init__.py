@@ -1,4 +1,4 @@
-"""How a run starts that is not new: where it stopped, if that is whole, or from others' weights."""
+"""How a run starts: anew, where it stopped (or nanoGPT's did), or from others' weights."""
 
 import itertools
 import math
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from gpt_jax import checkpoint
@@ -15,7 +16,7 @@ from gpt_jax.commandline import save_config
 from gpt_jax.config import TrainConfig
 from gpt_jax.errors import DamageError, UserError
 from gpt_jax.integrity import check_sizes
-from gpt_jax.interop import gpt2
+from gpt_jax.interop import gpt2, nanogpt_checkpoint
 from gpt_jax.model import GPT
 from gpt_jax.optimizer import make_optimizer
 from gpt_jax.pretrained import load, model_config
@@ -28,12 +29,28 @@ from gpt_jax.train_step import TrainState, init_state
 SIZES = ("n_layer", "n_head", "n_embd", "block_size", "bias", "activation")
 
 
+def first_state(config: TrainConfig, model: GPT) -> Callable[[], TrainState]:
+    """Return the function that makes a model's first state from the seed."""
+
+    def new() -> TrainState:
+        init_key, dropout_key = jax.random.split(jax.random.key(config.seed))
+        params = model.init(init_key, jnp.zeros((1, 1), jnp.int32))["params"]
+        return init_state(params, make_optimizer(config), dropout_key)
+
+    return new
+
+
 def saved_meta(config: TrainConfig, before: float = math.inf) -> dict[str, Any] | None:
     """Return the JSON of the newest checkpoint ``before`` a step, None where a run starts anew.
 
     One that cannot be read is named and passed over. Raises UserError where it is another run's,
     where there must be one and is none, and for the first that is damaged if fallback=False.
+    Of nanoGPT's ckpt.pt it is "iter" and "best_val_loss"; "saved", the iteration that out_dir has a
+    checkpoint of, is 0.
     """
+    if nanogpt_checkpoint.is_one(config.init_from):
+        theirs = nanogpt_checkpoint.read(config.init_from)
+        return {"iter": theirs.iter_num, "best_val_loss": theirs.best_val_loss, "saved": 0}
     if config.init_from not in ("resume", "auto"):
         return None
     have = checkpoint.steps(config.out_dir)
@@ -52,7 +69,10 @@ def saved_meta(config: TrainConfig, before: float = math.inf) -> dict[str, Any] 
             "what is there aside"
         )
     if config.init_from == "resume":
-        raise UserError(f"init_from=resume: {config.out_dir} has no checkpoint to resume from")
+        theirs = Path(config.out_dir) / "ckpt.pt"
+        hint = f": to go on from nanoGPT's, --init_from={theirs}" if theirs.is_file() else ""
+        problem = f"init_from=resume: {config.out_dir} has no checkpoint to resume from"
+        raise UserError(problem + hint)
     return None
 
 
@@ -62,13 +82,15 @@ def resume(
     dtype: str,
     tokenizer: Tokenizer,
     mesh: Mesh,
-    first_state: Callable[[TrainConfig, GPT], Callable[[], TrainState]],
 ) -> tuple[GPT, TrainState, dict[str, Any]]:
     """Return model, state and JSON of the checkpoint of ``meta``, or of the last whole one before.
 
-    ``first_state`` makes the function that makes a new state, for its shapes. The state is restored
-    to where it will stay. Steps that are passed over are moved to OUT_DIR/damaged-STEP.
+    Where that is nanoGPT's, init_from is its file.
+    The state is restored to where it will stay. Steps that are passed over are moved to
+    OUT_DIR/damaged-STEP.
     """
+    if "saved" in meta:
+        return *resume_nanogpt(config, dtype, tokenizer, mesh), meta
     while True:
         step, path = meta["iter"], checkpoint.folder(config.out_dir) / str(meta["iter"])
         refuse_another_tokenizer(config.out_dir, meta["tokenizer"], tokenizer)
@@ -91,7 +113,41 @@ def resume(
             before = str(meta["model"].get("dtype"))
             if dtype != before:
                 print(f"so far in {before:.20} products, from here in {dtype}")
+            print(f"resuming from {config.out_dir}, iteration {step}")
             return model, state, meta
+
+
+def resume_nanogpt(
+    config: TrainConfig, dtype: str, tokenizer: Tokenizer, mesh: Mesh
+) -> tuple[GPT, TrainState]:
+    """Return model and state of nanoGPT's ckpt.pt: its parameters, moments and counts.
+
+    One of the three trees of arrays after the other is in the host's memory. Raises UserError where
+    the network or the tokenizer asked for is another.
+    """
+    theirs = nanogpt_checkpoint.read(config.init_from)
+    for name in SIZES:
+        if getattr(config, name) != (its := theirs.network.get(name, "gelu")):
+            problem = f"{name}={getattr(config, name)!r}, but {theirs.path} has {name}={its!r}"
+            raise UserError(f"{problem}: leave it out, the checkpoint says it")
+    folder = Path(config.data_dir) / config.dataset
+    nanogpt_checkpoint.refuse_other_ids(theirs, tokenizer, folder)
+    model = GPT(config.continued(theirs.model_config(dtype, tokenizer.n_tokens)))
+    count, *moments = theirs.moments()
+    params, mu, nu = (
+        nanogpt_checkpoint.place(mesh, theirs.tree(arrays)) for arrays in (theirs.model, *moments)
+    )
+
+    def rest() -> TrainState:
+        key = jax.random.split(jax.random.key(config.seed))[1]
+        state = init_state({}, make_optimizer(config), key)
+        counted = nanogpt_checkpoint.with_adam(state.opt_state, count=jnp.int32(count))
+        return state.replace(step=jnp.int32(theirs.iter_num), opt_state=counted)  # pyright: ignore
+
+    state = jax.jit(rest, out_shardings=state_sharding(mesh, jax.eval_shape(rest)))()
+    opt_state = nanogpt_checkpoint.with_adam(state.opt_state, mu=mu, nu=nu)
+    print(f"resuming nanoGPT's run from {theirs.path}, iteration {theirs.iter_num}")
+    return model, state.replace(params=params, opt_state=opt_state)  # pyright: ignore
 
 
 def finetune(
@@ -136,8 +192,8 @@ def move_damaged(out_dir: str, good: int) -> None:
             move(checkpoint.folder(out_dir) / str(step), Path(out_dir), f"damaged-{step}")
 
 
-def make_room(config: TrainConfig, new: bool) -> None:
-    """Write down the config of a run that begins; if it is ``new``, an earlier one makes way.
+def make_room(config: TrainConfig) -> None:
+    """Write down the config of a run that begins; if it is new, an earlier one makes way.
 
     Raises UserError where out_dir is a model of Hugging Face's: its config.json would be lost.
     """
@@ -147,7 +203,7 @@ def make_room(config: TrainConfig, new: bool) -> None:
             "would replace: name another --out_dir"
         )
     if is_first():
-        if new:
+        if config.init_from not in ("resume", "auto"):
             set_aside(config.out_dir)
         save_config(config)
     barrier()
@@ -162,7 +218,9 @@ def set_aside(out_dir: str) -> None:
     there.mkdir()
     # the checkpoints last: cut off before that, it is a run still, and the rest follows it
     for path in sorted(Path(out_dir).iterdir(), key=lambda path: path.name == "checkpoints"):
-        if path.name != LOCK and not path.name.startswith("previous-"):
+        # nor nanoGPT's ckpt.pt: it may be what the new run goes on from
+        stays = path.name == LOCK or path.name.startswith("previous-") or path.suffix == ".pt"
+        if not stays:
             path.rename(there / path.name)
     print(f"{out_dir} held a run: it is in {there} now")
 
