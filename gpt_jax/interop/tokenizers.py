@@ -133,8 +133,8 @@ def huggingface_tokenizer(text: str, end_of_text: str | None, name: str) -> Toke
     def encode(text: str, may: bool) -> list[int]:
         ordinary = library(False)
         made = library(True) if may and any(token in text for token in special) else ordinary
-        with in_a_line(name):
-            return made.encode(text, add_special_tokens=False).ids
+        with in_a_line(name):  # a batch, though of one: it lets other threads run, and is faster
+            return made.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
     spec = {"kind": "huggingface", "json": text, "end_of_text": end}
     n_tokens = max(ids.values()) + 1
