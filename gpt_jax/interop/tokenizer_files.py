@@ -136,7 +136,10 @@ def write(tokenizer: Tokenizer, folder: Path, n_ctx: int) -> None:
         data = byte_json()
     elif kind == "char":
         if any(len(symbol) != 1 for symbol in tokenizer.spec["symbols"]):
-            raise UserError("a char tokenizer with symbols of several characters has no such form")
+            raise UserError(
+                "this char tokenizer has symbols of several characters, for which transformers has "
+                "no form: leave the tokenizer out"
+            )
         data = char_json(tokenizer.spec["symbols"])
     elif kind == "huggingface":
         data, end = json.loads(tokenizer.spec["json"]), tokenizer.spec["end_of_text"]
@@ -272,6 +275,6 @@ def refuse_other_ids(data: dict[str, Any], tokenizer: Tokenizer) -> None:
             made.encode(text) != tokenizer.encode(text)
         ):
             raise UserError(
-                f"{name} gives other ids for {text!r:.40}: export without a tokenizer is not "
-                "offered, take the encoding from its publisher"
+                f"{name} gives other ids for {text!r:.40}: leave the tokenizer out, and take its "
+                "publisher's"
             )

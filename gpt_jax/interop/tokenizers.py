@@ -84,18 +84,21 @@ def bytes_of(token: str) -> bytes:
 def huggingface_tokenizer(text: str, end_of_text: str | None, name: str) -> Tokenizer:
     """Return the tokenizer of a tokenizer.json's text; `name` is what messages call it.
 
-    `end_of_text` is the token between documents, None to take a well-known one if there is any. It
-    becomes special; padding, truncation, dropout and what is put around a text (such as a token at
-    its start) are left out, so that a text's ids are those that models are trained on here. Raises
-    UserError for what is no byte-pair encoding in which an id stands for the same bytes everywhere.
+    The end of text is `<|endoftext|>` where there is one, else `end_of_text`, else another
+    well-known one or none. It becomes special; padding, truncation, dropout and what is put around
+    a text (such as a token at its start) are left out, so that a text's ids are those that models
+    are trained on here. encode() knows all that the file says is special. Raises UserError for what
+    is no byte-pair encoding, or one where an id's bytes hang on its place.
     """
     try:
-        data = canonical(json.loads(text), end_of_text)
+        if len(text) > LARGEST:
+            raise ValueError(f"{len(text):,} characters are more than {LARGEST:,}")
+        data, end = canonical(json.loads(text), end_of_text)
         ids, bytes_by_id = vocabulary(data)
         text = json.dumps(data, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
         text.encode()
         if (size := len(json.dumps(text))) > LARGEST:
-            raise ValueError(f"{size:,} characters are more than {LARGEST:,}")
+            raise ValueError(f"kept, {size:,} characters are more than {LARGEST:,}")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         why = f"{type(error).__name__}: " * (type(error) is not ValueError) + f"{error!s:.200}"
         raise UserError(
@@ -103,7 +106,6 @@ def huggingface_tokenizer(text: str, end_of_text: str | None, name: str) -> Toke
             "GPT-2's, Llama 3's, Qwen's or one of your own by bpe:8192"
         ) from None
     special = [token["content"] for token in data["added_tokens"] if token["special"]]
-    end = next((end for end in (end_of_text, END_OF_TEXT, *OTHERS) if end in special), None)
 
     @functools.cache
     def library(special: bool) -> Any:
@@ -158,10 +160,11 @@ def in_a_line(name: str) -> Iterator[None]:
         raise UserError(f"{name} cannot be used by the package tokenizers: {why:.200}") from None
 
 
-def canonical(data: Any, end_of_text: str | None) -> dict[str, Any]:
-    """Return a tokenizer.json's values as they are kept: the same for the same tokenizer.
+def canonical(data: Any, end_of_text: str | None) -> tuple[dict[str, Any], str | None]:
+    """Return a tokenizer.json's values as they are kept, the same for the same tokenizer.
 
-    Raises ValueError, KeyError, TypeError or AttributeError for other values.
+    And its end of text, as huggingface_tokenizer says. Raises ValueError, KeyError, TypeError or
+    AttributeError for other values.
     """
     model = data["model"]
     kind = model.get("type", "BPE" if "merges" in model else None)  # older files do not say it
@@ -171,19 +174,19 @@ def canonical(data: Any, end_of_text: str | None) -> dict[str, Any]:
     if all(len(pair) == 2 and not any(" " in part for part in pair) for pair in merges):
         merges = [" ".join(pair) for pair in merges]  # shorter, and every version reads it
     known = [_added(token) for token in data.get("added_tokens") or []]
-    have = {token["content"]: token for token in known}
-    for end in (end_of_text, END_OF_TEXT, *OTHERS):
-        if end is not None and end in {**model["vocab"], **have}:
-            if end not in have:
-                known.append(_added({"content": end, "id": model["vocab"][end]}))
-            next(token for token in known if token["content"] == end)["special"] = True
-            break
+    ids = {**model["vocab"], **{token["content"]: token["id"] for token in known}}
+    end = next((end for end in (END_OF_TEXT, end_of_text, *OTHERS) if end in ids), None)
+    if end is not None:
+        its = next((token for token in known if token["content"] == end), None)
+        known = [token for token in known if token is not its]
+        known.append({**(its or _added({"content": end, "id": ids[end]})), "special": True})
     model = {**model, "type": "BPE", "merges": merges, "dropout": None}
-    return {
+    kept = {
         "version": "1.0", "truncation": None, "padding": None, "post_processor": None,
         "added_tokens": sorted(known, key=lambda token: token["id"]), "model": model,
         **{part: data.get(part) for part in ("normalizer", "pre_tokenizer", "decoder")},
     }  # fmt: skip
+    return kept, end
 
 
 def _added(token: dict[str, Any]) -> dict[str, Any]:
