@@ -11,7 +11,7 @@ import numpy as np
 from gpt_jax.errors import UserError
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)  # its spec may hold a file of megabytes
 class Tokenizer:
     """Text to token ids and back; made by the functions below."""
 

@@ -20,7 +20,7 @@ from gpt_jax.tokenizer import Tokenizer, byte_tokenizer, from_json
 
 # what a converted encoding is proved on, alone and in pairs: where its pattern may cut or not
 FRAGMENTS = (
-    "a", "Ab", "aB", "DON'T", "it's", "'LL", " x", "1", "1234567", "\u0663", "\u00b2", "{}();", "!",
+    "a", "Ab", "aB", "DON'T", "it's", "'LL", " x", "1", "1111111", "\u0663", "\u00b2", "{}();", "!",
     " ", "   ", "\n", "\n\n ", "\r\n", "\t", "\x00", "\x85", "\u00a0", "\u2028", "\u3000", "\u200b",
     "\u00e9", "e\u0301", "\u65e5\u672c", "\u00df", "\u017f", "\u01c5", "\u0915\u094d\u0937",
     "\U0001f642", " ...", "-_-", "/", "//\n", "aaaaaaaaa", END_OF_TEXT,
