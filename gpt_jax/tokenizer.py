@@ -1,4 +1,4 @@
-"""Text to token ids and back: by character, by byte, or by a tiktoken encoding such as GPT-2's."""
+"""Text to token ids and back: by character, by byte, or by byte-pair encoding such as GPT-2's."""
 
 import codecs
 import functools
@@ -11,7 +11,7 @@ import numpy as np
 from gpt_jax.errors import UserError
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)  # its spec may hold a file of megabytes
 class Tokenizer:
     """Text to token ids and back; made by the functions below."""
 
@@ -20,13 +20,13 @@ class Tokenizer:
     end_of_text: int | None  # the id between documents
     _encode: Callable[[str, bool], list[int]]  # text, is `<|endoftext|>` special -> ids
     _bytes: Callable[[int], bytes]  # of an id in range
+    files: dict[str, str] | None = None  # those that a spec only names, to go with it
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of text; UserError where the tokenizer has none for it."""
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:  # as from a command line that is not UTF-8
-            raise UserError(f"text is not Unicode at position {error.start}: use UTF-8") from None
+        # a command line that is not UTF-8 has such halves of characters
+        if bad := [i for i, char in enumerate(text) if "\ud800" <= char <= "\udfff"]:
+            raise UserError(f"text is not Unicode at position {bad[0]}: use UTF-8")
         return self._encode(text, True)
 
     def encode_ordinary(self, text: str) -> list[int]:
@@ -36,8 +36,7 @@ class Tokenizer:
     def token_bytes(self, token: int) -> bytes:
         """Return the UTF-8 bytes of one id; UserError for an id out of range."""
         if not 0 <= token < self.n_tokens:
-            last = self.n_tokens - 1
-            raise UserError(f"token id {token} is not in 0..{last}: use this model's tokenizer")
+            raise UserError(f"token id {token} is not in 0..{self.n_tokens - 1}: use its tokenizer")
         return self._bytes(int(token))
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -49,8 +48,11 @@ class Tokenizer:
         return np.array([len(self._bytes(token)) for token in range(self.n_tokens)], np.int64)
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain values from which from_json makes this tokenizer again."""
-        return self.spec
+        """Return plain values from which from_json makes this tokenizer again.
+
+        Those of equal specs give equal ids; only the spec says what is another's.
+        """
+        return {**self.spec, **(self.files or {})}
 
 
 def char_tokenizer(symbols: Sequence[str]) -> Tokenizer:
@@ -75,15 +77,18 @@ def byte_tokenizer() -> Tokenizer:
     return Tokenizer({"kind": "byte"}, 256, 0, lambda t, _: list(t.encode()), lambda i: bytes([i]))
 
 
-def tiktoken_tokenizer(name: str) -> Tokenizer:
-    """Return a tiktoken encoding by name; GPT-2's files are not read before text needs them."""
+def tiktoken_tokenizer(name: str, make: Callable[[], Any] | None = None) -> Tokenizer:
+    """Return a tiktoken encoding, by name or by the function that makes it.
+
+    GPT-2's files are not read before text needs them.
+    """
 
     @functools.cache
     def encoding() -> Any:
         import tiktoken
 
         try:
-            return tiktoken.get_encoding(name)
+            return make() if make else tiktoken.get_encoding(name)
         except (OSError, ValueError) as error:
             raise UserError(
                 f"no tiktoken encoding {name!r} ({type(error).__name__}): with no network, "
@@ -102,9 +107,8 @@ def tiktoken_tokenizer(name: str) -> Tokenizer:
         except KeyError:  # some encodings leave ids unused
             return b""
 
-    spec, gpt2 = {"kind": "tiktoken", "name": name}, name == "gpt2"
-    n_tokens, end_of_text = (50257, 50256) if gpt2 else (encoding().n_vocab, encoding().eot_token)
-    return Tokenizer(spec, n_tokens, end_of_text, encode, token_bytes)
+    ids = (50257, 50256) if name == "gpt2" else (encoding().n_vocab, encoding().eot_token)
+    return Tokenizer({"kind": "tiktoken", "name": name}, *ids, encode, token_bytes)
 
 
 def from_json(spec: Any) -> Tokenizer:
@@ -115,9 +119,13 @@ def from_json(spec: Any) -> Tokenizer:
                 return char_tokenizer(its)
         case {"kind": "byte"}:
             return byte_tokenizer()
+        case {"kind": "huggingface"} | {"kind": "tiktoken", "merges": _}:
+            from gpt_jax.interop.tokenizers import from_files  # which is made of this module
+
+            return from_files(spec)
         case {"kind": "tiktoken", "name": str() as name} if len(name) < 60:
             return tiktoken_tokenizer(name)
-    raise UserError(f"no tokenizer of kind char, byte or tiktoken can be made of {spec!r:.60}")
+    raise UserError(f"no tokenizer of kind char, byte, tiktoken or huggingface: {spec!r:.60}")
 
 
 def stream_decoder(tokenizer: Tokenizer) -> Callable[..., str]:

@@ -30,6 +30,7 @@ from gpt_jax.prepare import (
     shakespeare,
 )
 from gpt_jax.prepare.__main__ import main
+from gpt_jax.prepare.checked import open_dataset
 from gpt_jax.prepare.dataset import for_dataset
 from gpt_jax.prepare.text import chunks
 from gpt_jax.tokenizer import byte_tokenizer, tiktoken_tokenizer
@@ -790,10 +791,19 @@ def test_a_folder_with_no_text_is_one_line_that_names_it(tmp_path):
         prepare("text", tmp_path / "out", input=tmp_path, tokenizer="byte", log=silent)
 
 
-def test_more_characters_than_uint16_can_number_are_refused(tmp_path):
-    (tmp_path / "in.txt").write_text("".join(map(chr, range(0x10000, 0x20000))), "utf-8")
-    with pytest.raises(UserError, match=r"65,536 different characters.*65,535.*--tokenizer=byte"):
-        prepare("text", tmp_path, input=tmp_path / "in.txt", tokenizer="char", log=silent)
+@pytest.mark.parametrize(("n", "dtype"), [(65535, "<u2"), (65536, "<u4")])
+def test_vocabularies_over_65535_have_files_of_uint32(tmp_path, n, dtype):
+    text = "".join(map(chr, range(0x10000, 0x10000 + n)))
+    (tmp_path / "in.txt").write_text(text, "utf-8")
+    said = []
+    prepare("text", tmp_path, input=tmp_path / "in.txt", tokenizer="char", log=said.append)
+    tokenizer, vocab_size, found = for_dataset(tmp_path)
+    assert (tokenizer.n_tokens, vocab_size, found) == (n, n, np.dtype(dtype))
+    val = np.fromfile(tmp_path / "val.bin", dtype)
+    assert val.tolist() == [*range(int(n * 0.9), n)]
+    assert f"{len(val):,} tokens, {len(val) * found.itemsize:,} bytes" in said[2]
+    split = open_dataset(tmp_path, 8)[2]["val"]
+    assert split.windows(np.array([0])).tolist() == [[*range(int(n * 0.9), int(n * 0.9) + 8)]]
 
 
 @pytest.mark.usefixtures("no_gpt2")
@@ -818,7 +828,7 @@ def test_text_without_gpt2s_files_says_so_and_makes_no_folder(tmp_path):
         (["text", "--input"], "'--input' has no value: write --input=VALUE"),
         (["text", "--input="], "'--input=' has no value"),
         (["text"], "text needs --input=FILE"),
-        (["text", "--input=x", "--tokenizer=word"], "tokenizer='word' is not one of char, byte"),
+        (["text", "--input=x", "--tokenizer=word"], "tokenizer='word' is no tokenizer and no such"),
         (["text", "--input=x", "--name=../a"], "--name='../a' is not a plain folder name"),
         (["text", "--input=x", "--name=.."], "--name='..' is not a plain folder name"),
         (["pystdlib", "--input=x"], "pystdlib takes no input='x'"),

@@ -1,7 +1,7 @@
 """Data sets: text from somewhere -> train.bin, val.bin and meta.json in one folder.
 
-The .bin files are nanoGPT's: token ids as little-endian uint16, no header. meta.json names the
-tokenizer and the vocabulary size, in place of nanoGPT's meta.pkl.
+The .bin files are nanoGPT's: token ids as little-endian uint16, no header; uint32 for vocabularies
+over 65,535. meta.json holds the tokenizer and the vocabulary size, in place of nanoGPT's meta.pkl.
 """
 
 import shlex
@@ -33,10 +33,10 @@ def prepare(
 ) -> None:
     """Write the data set called name into folder.
 
-    input is the text of shakespeare, shakespeare_char and text; tokenizer (char, byte or gpt2) is
-    for text alone. The files appear under their names when all of them are complete, however this
-    ends; run again after an interruption, it starts again and clears what was left. UserError for
-    what cannot be used or had, or while another process prepares the same folder.
+    input is the text of shakespeare, shakespeare_char and text; tokenizer (as tokenizers.choose
+    takes it) is for text alone. The files appear under their names when all of them are complete,
+    however this ends; run again after an interruption, it starts again and clears what was left.
+    UserError for what cannot be used or had, or while another process prepares the same folder.
     """
     write(folder, _corpus(name, folder, input, tokenizer, log), log)
 

@@ -7,11 +7,12 @@ from pathlib import Path
 
 from gpt_jax.errors import UserError, exit_code
 from gpt_jax.prepare import SETS, prepare
+from gpt_jax.prepare.tokenizers import FORMS
 
 FLAGS = {
     "input": "a text file (shakespeare, shakespeare_char, text) or a folder (text)",
     "data_dir": "where data sets live: data",
-    "tokenizer": "for text: char, byte or gpt2 (the default)",
+    "tokenizer": f"for text: {FORMS}",
     "name": "the folder under data_dir: by default the set's name",
     "help": "this page",
 }

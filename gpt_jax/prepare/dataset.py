@@ -9,9 +9,19 @@ from gpt_jax.errors import UserError
 from gpt_jax.prepare.meta_pickle import symbols_of
 from gpt_jax.tokenizer import Tokenizer, char_tokenizer, from_json, tiktoken_tokenizer
 
-GPT2_VOCAB_SIZE = 50304  # 50257 ids, rounded up to a multiple of 64 for speed
+ROUND = 64  # a vocabulary of byte-pair encoding is rounded up to a multiple of it, for speed
+GPT2_VOCAB_SIZE = 50304  # 50257 ids, so rounded
 MOST_PADDING = 2**16  # rows of the embedding that no id has: more would only fill the memory
 LONGEST_META = 2**26  # bytes of a meta.json
+MOST_UINT16 = 2**16 - 1  # ids of a file of uint16; more take uint32
+
+
+def size_and_dtype(tokenizer: Tokenizer) -> tuple[int, str]:
+    """Return the vocab_size and the token dtype ("uint16" or "uint32") of a tokenizer's data."""
+    n_tokens = tokenizer.n_tokens
+    subword = tokenizer.spec["kind"] in ("tiktoken", "huggingface")
+    dtype = "uint16" if n_tokens <= MOST_UINT16 else "uint32"
+    return n_tokens + (-n_tokens % ROUND if subword else 0), dtype
 
 
 def for_dataset(folder: Path) -> tuple[Tokenizer, int, np.dtype]:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from gpt_jax.errors import UserError
-from gpt_jax.prepare.dataset import GPT2_VOCAB_SIZE
+from gpt_jax.prepare.dataset import size_and_dtype
 from gpt_jax.tokenizer import Tokenizer
 
 try:
@@ -23,7 +23,6 @@ except ImportError:  # Windows
     fcntl = None
 
 TEMPORARY = ".preparing-"
-MAX_TOKENS = 2**16 - 1  # ids of uint16
 STALE_SECONDS = 3600  # where no lock tells: a run that wrote nothing for so long was interrupted
 
 
@@ -62,15 +61,18 @@ def write(
                 _sync_names(folder)
     log(f"{folder}: from {corpus.source}")
     for split, count in meta["tokens"].items():
-        log(f"  {split + '.bin':10} {count:,} tokens, {2 * count:,} bytes")
+        n_bytes = count * np.dtype(meta["dtype"]).itemsize
+        log(f"  {split + '.bin':10} {count:,} tokens, {n_bytes:,} bytes")
     log(f"  vocabulary {meta['vocab_size']:,}, {meta['tokenizer']['kind']} tokenizer")
 
 
 def _write(temporary: Path, corpus: Corpus) -> dict[str, Any]:
     counts = {"train": 0, "val": 0}
+    vocab_size, name = size_and_dtype(corpus.tokenizer)
+    dtype = np.dtype(name).newbyteorder("<")
     with open(temporary / "train.bin", "wb") as train, open(temporary / "val.bin", "wb") as val:
         for split, ids in corpus.pieces:
-            (train if split == "train" else val).write(np.array(ids, "<u2").tobytes())
+            (train if split == "train" else val).write(np.array(ids, dtype).tobytes())
             counts[split] += len(ids)
     for split, count in counts.items():
         if count < 2:  # one to read, one to predict
@@ -78,11 +80,10 @@ def _write(temporary: Path, corpus: Corpus) -> dict[str, Any]:
                 f"{corpus.source} gives the {split} split {count} tokens, and at least 2 are "
                 "needed: give more text"
             )
-    spec, n_tokens = corpus.tokenizer.to_json(), corpus.tokenizer.n_tokens
     meta = {
-        "vocab_size": GPT2_VOCAB_SIZE if spec.get("name") == "gpt2" else n_tokens,
-        "dtype": "uint16",
-        "tokenizer": spec,
+        "vocab_size": vocab_size,
+        "dtype": name,
+        "tokenizer": corpus.tokenizer.to_json(),
         "tokens": counts,
         "source": corpus.source,
     }

@@ -1,37 +1,40 @@
 """A text of your own: one file, or the .txt and .md files of a folder."""
 
+import functools
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 from gpt_jax.errors import UserError
-from gpt_jax.prepare.files import MAX_TOKENS, Corpus, cut, read_text
-from gpt_jax.tokenizer import byte_tokenizer, char_tokenizer, tiktoken_tokenizer
+from gpt_jax.prepare.files import Corpus, cut, read_text
+from gpt_jax.prepare.tokenizers import choose
 
-TOKENIZERS = ("char", "byte", "gpt2")
 SUFFIXES = (".txt", ".md")
 CHUNK = 1 << 20  # characters encoded at a time, so that the ids of a large text are never one list
-# A line that starts with a word starts a GPT-2 pre-token too, when the line before is not blank:
-# encoding up to here and from here gives the ids of the whole.
+# A line that starts with a word starts a GPT-2 pre-token too, and one of later encodings, when the
+# line before is not blank: encoding up to here and from here gives the ids of the whole.
 LINE = re.compile(r"(?<=\S\n)(?=\S)")
 
 
 def corpus(input: Path | None, kind: str) -> Corpus:
-    """Return the text of a file or folder, 90 % of its characters for training."""
-    if kind not in TOKENIZERS:
-        raise UserError(f"tokenizer={kind!r} is not one of {', '.join(TOKENIZERS)}")
-    documents = _documents(input)
-    if kind == "char":
-        symbols = sorted(set().union(*documents))
-        if len(symbols) > MAX_TOKENS:
-            raise UserError(
-                f"{input} has {len(symbols):,} different characters, and a token file holds "
-                f"{MAX_TOKENS:,}: use --tokenizer=byte or --tokenizer=gpt2"
-            )
-        tokenizer = char_tokenizer(symbols)
-    else:
-        tokenizer = byte_tokenizer() if kind == "byte" else tiktoken_tokenizer("gpt2")
-        tokenizer.token_bytes(0)  # with no files for tiktoken, say so before any work
+    """Return the text of a file or folder, 90 % of its characters for training.
+
+    `kind` is what prepare.tokenizers.choose takes; a "bpe:N" is trained on the training part.
+    """
+    if input is None:
+        raise UserError("text needs --input=FILE, or a folder of .txt and .md files")
+
+    @functools.cache
+    def read() -> list[str]:
+        return _documents(input)
+
+    def sample() -> Iterator[str]:
+        left = cut(sum(map(len, read())))
+        for document in read():
+            yield document if kind == "char" else document[:left]
+            left = max(0, left - len(document))
+
+    tokenizer, documents = choose(kind, sample), read()
     end = [] if len(documents) == 1 or tokenizer.end_of_text is None else [tokenizer.end_of_text]
 
     def pieces() -> Iterator[tuple[str, list[int]]]:
@@ -56,9 +59,7 @@ def chunks(text: str, size: int = CHUNK) -> Iterator[str]:
         start = end
 
 
-def _documents(input: Path | None) -> list[str]:
-    if input is None:
-        raise UserError("text needs --input=FILE, or a folder of .txt and .md files")
+def _documents(input: Path) -> list[str]:
     if not input.is_dir():
         text = read_text(input)
         if not text:

@@ -23,7 +23,7 @@ from gpt_jax.pretrained import load, model_config
 from gpt_jax.runtime import barrier, is_first
 from gpt_jax.runtime.running import LOCK
 from gpt_jax.sharding import placed, state_sharding
-from gpt_jax.tokenizer import Tokenizer
+from gpt_jax.tokenizer import Tokenizer, from_json
 from gpt_jax.train_step import TrainState, init_state
 
 SIZES = ("n_layer", "n_head", "n_embd", "block_size", "bias", "activation")
@@ -246,7 +246,7 @@ def refuse_another_run(config: TrainConfig, saved: dict[str, Any]) -> None:
 
 def refuse_another_tokenizer(source: str, its: dict[str, Any], tokenizer: Tokenizer) -> None:
     """Raise UserError where a model's ids do not mean what the data set's ids mean."""
-    if its != tokenizer.to_json():
+    if its != tokenizer.to_json() and from_json(its).spec != tokenizer.spec:
         raise UserError(
             f"{source} was trained with a {its.get('kind')!s:.20} tokenizer unlike this data set's "
             f"({tokenizer.spec['kind']}, {tokenizer.n_tokens} ids): take a --dataset made for it"
