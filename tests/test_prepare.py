@@ -23,7 +23,6 @@ from gpt_jax.prepare import (
     SMALL,
     download,
     files,
-    openwebtext,
     prepare,
     prepare_on_first_use,
     pystdlib,
@@ -31,7 +30,7 @@ from gpt_jax.prepare import (
 )
 from gpt_jax.prepare.__main__ import main
 from gpt_jax.prepare.dataset import for_dataset
-from gpt_jax.prepare.text import chunks
+from gpt_jax.prepare.pipeline import is_val
 from gpt_jax.tokenizer import byte_tokenizer, tiktoken_tokenizer
 
 ROOT = Path(__file__).parents[1]
