@@ -147,7 +147,7 @@ def _expand(path: Path) -> list[Path]:
         found = sorted(root.glob(str(path.relative_to(root))), key=lambda path: path.as_posix())
         files = [path for path in found if path.is_file()]
         if not files:
-            raise UserError(f"no file matches {str(path)!r}: is it written from this folder on?")
+            raise UserError(f"no file matches {str(path)!r}: look at the folder and the pattern")
         return files
     return [path]
 
@@ -162,9 +162,7 @@ def _file(path: Path, column: str) -> File:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     if not _is_known(path):
-        raise UserError(
-            f"{path} is of no known kind: rename it (if it is plain text, .txt); {KNOWN}"
-        )
+        raise UserError(f"{path} is none of {KNOWN}: rename it, to .txt if it is plain text")
     return File(path, found.st_size, found.st_mtime_ns, column)
 
 
@@ -219,25 +217,26 @@ def _text(source: File, file: Any, share: Any, _: int) -> Iterator[Fragment]:
 
 def _json_lines(source: File, file: Any, share: Any, skip: int) -> Iterator[Fragment]:
     for number, line in enumerate(_lines(source, file), 1):
-        if number > skip and not line.isspace():
+        if number > skip and line.strip():
             where = f"{source.name} line {number}"
             yield Fragment(_row(where, line, source.column), True, number, share())
 
 
 def _lines(source: File, file: Any) -> Iterator[bytes]:
-    rest, number = b"", 1
+    held, size, number = [], 0, 1  # what has come of the line
     while block := file.read(READ):
-        lines = (rest + block).split(b"\n")
-        rest = lines.pop()
-        yield from lines
-        number += len(lines)
-        if len(rest) > LONGEST:
+        first, *more = block.split(b"\n")
+        held, size = [*held, first], size + len(first)
+        for line in more:
+            yield b"".join(held)
+            held, size, number = [line], len(line), number + 1
+        if size > LONGEST:
             raise UserError(
                 f"{source.name} line {number} is longer than {LONGEST:,} bytes: is it JSON lines, "
                 "one object a line? Split what is in it"
             )
-    if rest:
-        yield rest
+    if size:
+        yield b"".join(held)
 
 
 def _row(where: str, line: bytes, column: str) -> str:
@@ -312,5 +311,8 @@ def _parquet(source: File, skip: int) -> Iterator[Fragment]:
                 number += 1
                 if number > skip:
                     where = f"{source.name} row {number}"
-                    row = text_of(where, {column: text.as_py()}, column)
+                    try:
+                        row = text_of(where, {column: text.as_py()}, column)
+                    except UnicodeDecodeError as error:
+                        raise UserError(f"{where} is not UTF-8: write it anew") from error
                     yield Fragment(row, True, number, number / total)

@@ -77,7 +77,7 @@ def stream(
     share = val_share if val_share is not None else FILES_SHARE if local else HUB_SHARE
     if not 0 < share < 1:
         raise UserError(f"val_share={share} is not a share between 0 and 1, such as 0.01")
-    workers = workers or cores()
+    workers = cores() if workers is None else workers
     if not 0 < workers <= MOST_WORKERS:
         raise UserError(f"workers={workers} is not in 1..{MOST_WORKERS}")
     if len(sources) > 1 and len(local) == len(sources):
