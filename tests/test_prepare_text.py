@@ -286,7 +286,8 @@ def test_text_with_no_place_to_cut_is_refused_at_a_bound_unless_bytes_or_charact
     monkeypatch.setattr(pipeline, "LONGEST", 100)
     with pytest.raises(UserError, match=r"given has 104 characters with no place to cut: .*byte"):
         list(pipeline.parts(Given("x" * 1000), None, 0, cuts.WORD))
-    with pytest.raises(UserError, match="no place to cut"):
+    monkeypatch.setattr(pipeline, "WHOLE", 50)
+    with pytest.raises(UserError, match="given has 52 characters with no place to cut"):
         list(pipeline.parts(Given("x " * 500), None, 0, None))
     assert len(list(pipeline.parts(Given("x" * 1000), None, 0, cuts.ANYWHERE))) == 100
 
@@ -905,6 +906,18 @@ def test_a_person_sees_one_line_rewritten_and_a_log_gets_lines(
     prepare("text", tmp_path / "b", input=inputs, tokenizer="byte", log=said.append)
     assert sum("tokens/s" in line for line in said) > 10
     assert capsys.readouterr().out == ""
+
+
+def test_a_pass_over_the_text_tells_how_far_it_is_and_clears_its_line(
+    tmp_path, monkeypatch, capsys, small
+):
+    monkeypatch.setattr(progress, "LIVE_SECONDS", 0)
+    (tmp_path / "a.txt").write_bytes(b"abc " * 100 + b"\xff")
+    with pytest.raises(UserError, match="not UTF-8 at byte 400"):
+        prepare("text", tmp_path / "a", input=tmp_path / "a.txt", tokenizer="byte", live=True)
+    out = capsys.readouterr().out
+    assert out.startswith("\rcounting characters: ")
+    assert out.endswith("\r\x1b[K")
 
 
 def test_the_line_of_progress_tells_share_rate_and_what_is_left():

@@ -23,6 +23,7 @@ from gpt_jax.tokenizer import Tokenizer
 
 SEED = 2357  # nanoGPT's, of openwebtext's split
 BLOCK = 1 << 19  # characters encoded by one thread at a time
+WHOLE = 1 << 22  # characters of a document for a tokenizer that may not be given parts
 AHEAD = 1 << 25  # characters read and not yet written, but for the block that must come
 
 
@@ -107,15 +108,15 @@ def parts(
             yield rest[start:end], False, at, given, done
             start = end
         rest, looked = rest[start:], max(0, looked - start)
+        if len(rest) > (LONGEST if cuts else WHOLE):
+            raise UserError(
+                f"{source.name} has {len(rest):,} characters with no place to cut: give lines or "
+                "words, shorter documents, or use --tokenizer=byte"
+            )
         if ends:
             at, given = after, 0
             yield rest, True, at, given, done
             rest, looked = "", 0
-        elif len(rest) > LONGEST:
-            raise UserError(
-                f"{source.name} has {len(rest):,} characters with no place to cut: give lines or "
-                "words, several files, or use --tokenizer=byte"
-            )
 
 
 def blocks(

@@ -1,9 +1,12 @@
 """How a preparation goes, in one line: rewritten in place for a person, now and then for a log."""
 
 import math
+import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+
+from gpt_jax.prepare.sources import Fragment
 
 LIVE_SECONDS, LOG_SECONDS = 0.5, 30.0
 
@@ -27,17 +30,18 @@ class Progress:
         self.documents, self.bytes, self.tokens = (
             documents, self.bytes + n_bytes, self.tokens + tokens,
         )  # fmt: skip
-        now = time.monotonic()
-        if now - self.said >= (LIVE_SECONDS if self.live else LOG_SECONDS):
-            self.said = now
-            self._say(self._line(now - self.begun, done))
+        if self._is_time():
+            self._say(self._line(self.said - self.begun, done))
 
-    def passed(self, what: str, done: float) -> None:
-        """Tell how far a pass over the text has got that gives no tokens."""
-        now = time.monotonic()
-        if now - self.said >= (LIVE_SECONDS if self.live else LOG_SECONDS):
-            self.said = now
-            self._say(f"{what}: {done:.0%}")
+    def over(self, what: str, fragments: Iterable[Fragment]) -> Iterator[str]:
+        """Yield the texts of a pass over a source that gives no tokens, and tell how far it is."""
+        try:
+            for fragment in fragments:
+                if self._is_time():
+                    self._say(f"{what}: {fragment.done:.0%}")
+                yield fragment.text
+        finally:
+            self.end()
 
     def end(self) -> None:
         """Clear the line that was rewritten in place."""
@@ -61,9 +65,17 @@ class Progress:
             f"{self.tokens / max(seconds, 1e-9):,.0f} tokens/s{left}"
         )
 
+    def _is_time(self) -> bool:
+        now = time.monotonic()
+        if now - self.said < (LIVE_SECONDS if self.live else LOG_SECONDS):
+            return False
+        self.said = now
+        return True
+
     def _say(self, line: str) -> None:
         if self.live:
-            sys.stdout.write(f"\r{line}\x1b[K")
+            width = shutil.get_terminal_size().columns - 1  # a longer line could not be rewritten
+            sys.stdout.write(f"\r{line[:width]}\x1b[K")
             sys.stdout.flush()
         else:
             self.log(line)

@@ -88,7 +88,10 @@ def stream(
     made = choose(tokenizer, partial(_sample, sources, progress))
     ends, left = True, None
     if len(local) == len(sources) and all(file.is_text for file in local):
-        counts = [_count(file, progress) for file in local]
+        counts = [
+            sum(map(len, progress.over(f"counting characters: {file.name}", file.fragments())))
+            for file in local
+        ]
         sources = [source for source, count in zip(sources, counts, strict=True) if count]
         if not sources:
             if called == local[0].name:
@@ -114,7 +117,8 @@ def stream(
 
     def summary(tokens: int) -> list[str]:
         lines = [
-            f"{progress.documents:,} documents, {progress.bytes:,} bytes of text, "
+            f"{progress.documents:,} document{'s' * (progress.documents != 1)}, "
+            f"{progress.bytes:,} bytes of text, "
             f"{progress.bytes / tokens:.2f} bytes/token, {progress.seconds():,.1f} seconds"
         ]
         for source in sources:
@@ -128,17 +132,6 @@ def stream(
     return Stream(called, made, digest, begin, summary)
 
 
-def _count(file: File, progress: Progress) -> int:
-    """Return the characters of a file of text."""
-    count = 0
-    for fragment in file.fragments():
-        count += len(fragment.text)
-        progress.passed(f"counting the characters of {file.name}", fragment.done)
-    return count
-
-
 def _sample(sources: Sequence[Source], progress: Progress) -> Iterator[str]:
     for source in sources:
-        for fragment in source.fragments():
-            progress.passed(f"reading {source.name} for the tokenizer", fragment.done)
-            yield fragment.text
+        yield from progress.over(f"reading for the tokenizer: {source.name}", source.fragments())
