@@ -10,8 +10,7 @@ from gpt_jax.prepare import SETS, prepare
 from gpt_jax.prepare.sources import KNOWN
 
 FLAGS = {
-    "input": "shakespeare, shakespeare_char: a text file. text: files, folders, 'patterns*' with "
-    "commas between, or hf:owner/name; may be given again",
+    "input": "files, folders, 'patterns*', with commas between, or hf:owner/name; may be repeated",
     "tokenizer": "char, byte or gpt2 (the default)",
     "val_share": "for validation; 0.1, of the hub 0.0005",
     "column": "of .jsonl, .parquet and the hub: text",
@@ -35,8 +34,9 @@ HELP = "\n".join(
         "",
         f"Files: {KNOWN}.",
         "One file of text is one document. Else each file of text and each row is one, and end of",
-        "text follows it. Of text files the last val_share of all characters is for validation; of",
-        "rows (.jsonl, .parquet, the hub) each is by chance, the same chance every time.",
+        "text follows it. Of text files alone the last val_share of all characters is for",
+        "validation; where there are rows (.jsonl, .parquet, the hub) each document is by a chance",
+        "that its number decides, the same every time.",
         "Interrupted and run again, openwebtext, fineweb_edu and text go on where they were.",
     ]
 )
