@@ -9,13 +9,10 @@ import subprocess
 import sys
 import threading
 import time
-import types
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from gpt_jax.errors import UserError
 from gpt_jax.prepare import (
@@ -23,16 +20,13 @@ from gpt_jax.prepare import (
     SMALL,
     download,
     files,
-    openwebtext,
     prepare,
     prepare_on_first_use,
     pystdlib,
     shakespeare,
 )
 from gpt_jax.prepare.__main__ import main
-from gpt_jax.prepare.checked import open_dataset
 from gpt_jax.prepare.dataset import for_dataset
-from gpt_jax.prepare.text import chunks
 from gpt_jax.tokenizer import byte_tokenizer, tiktoken_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -622,85 +616,6 @@ def test_shakespeare_downloads_into_its_folder(tmp_path, monkeypatch, tinyshakes
     assert sha256(tmp_path / "new" / "input.txt") == shakespeare.SHA256
 
 
-# ---- openwebtext
-
-
-@pytest.fixture
-def fake_datasets(monkeypatch):
-    def install(rows):
-        def load_dataset(*args, **kwargs):
-            assert (args, kwargs) == (
-                ("Skylion007/openwebtext",),
-                {"split": "train", "streaming": True},
-            )
-            return rows() if callable(rows) else rows
-
-        module = types.ModuleType("datasets")
-        module.load_dataset = load_dataset
-        monkeypatch.setitem(sys.modules, "datasets", module)
-
-    return install
-
-
-def test_openwebtext_ends_each_document_and_splits_by_number(
-    tmp_path, monkeypatch, gpt2, fake_datasets
-):
-    monkeypatch.setattr(openwebtext, "is_val", lambda index: index % 1000 == 7)
-    monkeypatch.setattr(openwebtext, "PROGRESS_SECONDS", 0)
-    texts = [f"document {i}<|endoftext|>" for i in range(2100)]
-    fake_datasets({"text": text} for text in texts)
-    said = []
-    prepare("openwebtext", tmp_path, log=said.append)
-    for split, wanted in (("train", False), ("val", True)):
-        ids = ids_of(tmp_path, split)
-        documents = [text for i, text in enumerate(texts) if (i % 1000 == 7) == wanted]
-        assert ids[-1] == 50256
-        assert gpt2.decode(ids) == "".join(text + "<|endoftext|>" for text in documents)
-        assert ids.count(50256) == len(documents)
-    assert "interrupted, it starts again from the first document" in said[0]
-    assert any("1,024 documents, " in line and "tokens/s" in line for line in said)
-    assert any("2,100 documents came" in line for line in said)
-    assert for_dataset(tmp_path)[1] == 50304
-
-
-def test_openwebtext_keeps_nanogpts_share_for_val():
-    chosen = [i for i in range(200_000) if openwebtext.is_val(i)]
-    assert len(chosen) == pytest.approx(100, abs=30)
-    assert chosen[:3] == [1355, 2623, 3968]  # the split may not change from one release to the next
-
-
-@pytest.mark.usefixtures("gpt2")
-def test_openwebtext_cut_off_says_after_how_many_and_leaves_nothing(tmp_path, fake_datasets):
-    def rows():
-        yield {"text": "one"}
-        yield {"text": "two"}
-        raise ConnectionError("reset\nby peer")
-
-    fake_datasets(rows)
-    with pytest.raises(UserError, match=r"stopped after 2 documents .*reset.*run again") as error:
-        prepare("openwebtext", tmp_path, log=silent)
-    assert "\n" not in str(error.value)
-    assert names(tmp_path) == []
-
-
-@pytest.mark.usefixtures("gpt2")
-def test_openwebtext_that_cannot_be_loaded_is_one_line(tmp_path, fake_datasets):
-    def rows():
-        raise RuntimeError("Dataset scripts are no longer supported\nand more")
-
-    fake_datasets(rows)
-    with pytest.raises(UserError, match="no longer supported") as error:
-        prepare("openwebtext", tmp_path, log=silent)
-    assert "\n" not in str(error.value)
-
-
-def test_openwebtext_without_its_package_says_what_to_install(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UserError, match=r"pip install 'gpt_jax\[data\]'"):
-        prepare("openwebtext", tmp_path / "set", log=silent)
-    assert not (tmp_path / "set").exists()
-
-
 # ---- text
 
 
@@ -754,18 +669,6 @@ def test_text_is_gpt2_by_default(tmp_path, gpt2):
     assert for_dataset(tmp_path)[1] == 50304
 
 
-@settings(derandomize=True, deadline=None, database=None, max_examples=300)
-@given(text=st.text(alphabet="a1'.s \n\n\n\t\u3000\x1c", max_size=30), size=st.integers(1, 5))
-def test_chunks_have_the_ids_of_the_whole_text(gpt2, text, size):
-    parts = list(chunks(text, size))
-    assert "".join(parts) == text
-    assert [i for part in parts for i in gpt2.encode_ordinary(part)] == gpt2.encode_ordinary(text)
-
-
-def test_chunks_of_many_lines_are_many():
-    assert len(list(chunks("a line\n" * 100, 70))) == 10
-
-
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -787,23 +690,20 @@ def test_a_text_that_cannot_be_used_is_one_line_that_names_it(tmp_path, content,
 
 def test_a_folder_with_no_text_is_one_line_that_names_it(tmp_path):
     (tmp_path / "a.txt").touch()
-    with pytest.raises(UserError, match=r"has no text: 1 \.txt and \.md files"):
+    with pytest.raises(UserError, match=r"has no text: 1 files, none with a word"):
         prepare("text", tmp_path / "out", input=tmp_path, tokenizer="byte", log=silent)
 
 
-@pytest.mark.parametrize(("n", "dtype"), [(65535, "<u2"), (65536, "<u4")])
-def test_vocabularies_over_65535_have_files_of_uint32(tmp_path, n, dtype):
-    text = "".join(map(chr, range(0x10000, 0x10000 + n)))
+def test_more_characters_than_uint16_can_number_make_files_of_uint32(tmp_path):
+    text = "".join(map(chr, range(0x10000, 0x20000)))
     (tmp_path / "in.txt").write_text(text, "utf-8")
     said = []
     prepare("text", tmp_path, input=tmp_path / "in.txt", tokenizer="char", log=said.append)
-    tokenizer, vocab_size, found = for_dataset(tmp_path)
-    assert (tokenizer.n_tokens, vocab_size, found) == (n, n, np.dtype(dtype))
-    val = np.fromfile(tmp_path / "val.bin", dtype)
-    assert val.tolist() == [*range(int(n * 0.9), n)]
-    assert f"{len(val):,} tokens, {len(val) * found.itemsize:,} bytes" in said[2]
-    split = open_dataset(tmp_path, 8)[2]["val"]
-    assert split.windows(np.array([0])).tolist() == [[*range(int(n * 0.9), int(n * 0.9) + 8)]]
+    tokenizer, vocab_size, dtype = for_dataset(tmp_path)
+    assert (vocab_size, dtype) == (65_536, np.dtype("<u4"))
+    ids = [np.fromfile(tmp_path / f"{split}.bin", dtype) for split in ("train", "val")]
+    assert tokenizer.decode(np.concatenate(ids).tolist()) == text
+    assert "train.bin  58,982 tokens, 235,928 bytes" in "".join(said)
 
 
 @pytest.mark.usefixtures("no_gpt2")
@@ -828,14 +728,31 @@ def test_text_without_gpt2s_files_says_so_and_makes_no_folder(tmp_path):
         (["text", "--input"], "'--input' has no value: write --input=VALUE"),
         (["text", "--input="], "'--input=' has no value"),
         (["text"], "text needs --input=FILE"),
-        (["text", "--input=x", "--tokenizer=word"], "tokenizer='word' is no tokenizer and no such"),
+        (["text", "--input=pyproject.toml"], "pyproject.toml is none of .txt, .md, .jsonl"),
+        (
+            ["text", "--input=README.md", "--tokenizer=word"],
+            "tokenizer='word' is no tokenizer and no such",
+        ),
+        (["text", "x.txt"], "cannot read x.txt: No such file or directory"),
+        (
+            ["text", "--input=x.txt", "--workers=two"],
+            "--workers=two is no number: write --workers=",
+        ),
+        (["text", "--input=README.md", "--workers=0"], "workers=0 is not in 1..128"),
+        (["text", "--input=README.md", "--val_share=1"], "val_share=1.0 is not a share between 0"),
+        (["text", "--input=README.md", "--split=a"], "--split=a is for data sets of the hub"),
+        (["text", "--input=hf:a/b/c"], "hf:a/b/c names no data set: write hf:owner/name"),
+        (["text", "--input=no*such"], "no file matches 'no*such'"),
+        (["openwebtext", "--column=a"], "openwebtext takes no column='a'"),
+        (["shakespeare", "--input=a", "--input=b"], "shakespeare takes one input, not 2"),
         (["text", "--input=x", "--name=../a"], "--name='../a' is not a plain folder name"),
         (["text", "--input=x", "--name=.."], "--name='..' is not a plain folder name"),
         (["pystdlib", "--input=x"], "pystdlib takes no input='x'"),
         (["shakespeare", "--tokenizer=char"], "shakespeare takes no tokenizer='char'"),
     ],
 )
-def test_a_wrong_command_line_is_one_line_that_says_what_to_do(argv, message):
+def test_a_wrong_command_line_is_one_line_that_says_what_to_do(argv, message, monkeypatch):
+    monkeypatch.chdir(ROOT)
     with pytest.raises(UserError) as error:
         main(argv)
     assert message in str(error.value)

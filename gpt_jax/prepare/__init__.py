@@ -4,63 +4,108 @@ The .bin files are nanoGPT's: token ids as little-endian uint16, no header; uint
 over 65,535. meta.json holds the tokenizer and the vocabulary size, in place of nanoGPT's meta.pkl.
 """
 
+import json
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from gpt_jax.errors import UserError
-from gpt_jax.prepare import openwebtext, pystdlib, shakespeare, text
-from gpt_jax.prepare.files import Corpus, write
+from gpt_jax.prepare import pystdlib, shakespeare, text
+from gpt_jax.prepare.files import Corpus, Stream, write
 
 SETS = {
     "pystdlib": "Python's own library, found on this machine: byte level, no download",
     "shakespeare_char": "Shakespeare by character: 1.1 MB to download",
     "shakespeare": "Shakespeare by GPT-2's byte-pair encoding: the same 1.1 MB",
-    "openwebtext": "GPT-2's training text as rebuilt by others: hours (if interrupted, all again), "
-    "18 GB on disk",
-    "text": "a text file of yours, or a folder of .txt and .md files: --input=",
+    "openwebtext": "GPT-2's training text as rebuilt by others: 9 billion tokens, 18 GB on disk",
+    "fineweb_edu": "FineWeb-Edu's sample of 10 billion tokens: 20 GB on disk",
+    "text": "text of yours, or any data set of the Hugging Face hub: --input=",
 }
 SMALL = frozenset({"pystdlib", "shakespeare_char", "shakespeare"})  # made when first trained on
+LARGE = frozenset({"openwebtext", "fineweb_edu", "text"})  # streamed
 
 
 def prepare(
     name: str,
     folder: Path,
     *,
-    input: Path | None = None,
+    input: str | Path | Sequence[str | Path] | None = None,
     tokenizer: str | None = None,
+    config: str | None = None,
+    split: str | None = None,
+    column: str | None = None,
+    val_share: float | None = None,
+    workers: int | None = None,
+    live: bool = False,
     log: Callable[[str], None] = print,
 ) -> None:
     """Write the data set called name into folder.
 
-    input is the text of shakespeare, shakespeare_char and text; tokenizer (as tokenizers.choose
-    takes it) is for text alone. The files appear under their names when all of them are complete,
-    however this ends; run again after an interruption, it starts again and clears what was left.
-    UserError for what cannot be used or had, or while another process prepares the same folder.
+    input is the text of shakespeare, shakespeare_char (one file) and text: files, folders, glob
+    patterns, or hf:owner/name of the hub, whose config, split ("train") and column ("text", also of
+    .jsonl and .parquet) can be told. tokenizer, val_share and workers are for the sets that are
+    streamed: openwebtext, fineweb_edu and text. live rewrites one line of progress on stdout.
+
+    The files appear under their names when all of them are complete, however this ends. Run again
+    after an interruption, a streamed set goes on, another starts again; the files are the same.
+    UserError for what cannot be used or had, where folder has a set of another text or tokenizer,
+    or while another process prepares the same folder.
     """
-    write(folder, _corpus(name, folder, input, tokenizer, log), log)
+    inputs = [input] if isinstance(input, str | Path) else list(input or [])
+    told = {"tokenizer": tokenizer, "val_share": val_share, "workers": workers}
+    told |= {"config": config, "split": split, "column": column}
+    _refuse_what_it_does_not_take(name, inputs, told)
+    if name not in LARGE:
+        write(folder, _small(name, folder, Path(inputs[0]) if inputs else None, log), log)
+        return
+    if name == "text":
+        sources = text.sources_of(inputs, config, split, column)
+        called = ", ".join(map(str, inputs))
+    else:
+        sources = [text.named(name)]
+        called = sources[0].name
+    corpus = text.stream(sources, called, tokenizer or "gpt2", val_share, workers, log, live)
+    _refuse_another(folder, corpus)
+    write(folder, corpus, log)
 
 
-def _corpus(
-    name: str,
-    folder: Path,
-    input: Path | None,
-    tokenizer: str | None,
-    log: Callable[[str], None],
-) -> Corpus:
+def _refuse_what_it_does_not_take(
+    name: str, inputs: Sequence[str | Path], told: dict[str, object]
+) -> None:
     if name not in SETS:
         raise UserError(f"no data set {name!r}: the sets are {', '.join(SETS)}")
-    if input is not None and name in ("pystdlib", "openwebtext"):
-        raise UserError(f"{name} takes no input={str(input)!r}: for text of your own, prepare text")
-    if tokenizer is not None and name != "text":
-        raise UserError(f"{name} takes no tokenizer={tokenizer!r}: for a choice, prepare text")
+    if inputs and name in ("pystdlib", "openwebtext", "fineweb_edu"):
+        what = ", ".join(map(str, inputs))
+        raise UserError(f"{name} takes no input={what!r}: for text of your own, prepare text")
+    if len(inputs) > 1 and name != "text":
+        raise UserError(f"{name} takes one input, not {len(inputs)}: for more, prepare text")
+    streamed = ("tokenizer", "val_share", "workers") if name in LARGE else ()
+    takes = tuple(told) if name == "text" else streamed
+    for flag, value in told.items():
+        if value is not None and flag not in takes:
+            raise UserError(f"{name} takes no {flag}={value!r}: for a choice, prepare text")
+
+
+def _small(name: str, folder: Path, input: Path | None, log: Callable[[str], None]) -> Corpus:
     if name == "pystdlib":
         return pystdlib.corpus()
-    if name == "openwebtext":
-        return openwebtext.corpus(log)
-    if name == "text":
-        return text.corpus(input, tokenizer or "gpt2")
     return shakespeare.corpus(name, folder, input, log)
+
+
+def _refuse_another(folder: Path, corpus: Stream) -> None:
+    """Raise UserError where the folder has a data set that this one would not be the same as."""
+    if not (folder / "val.bin").exists():
+        return
+    try:
+        meta = json.loads((folder / "meta.json").read_bytes())
+        same = (meta["source"], meta["tokenizer"]) == (corpus.source, corpus.tokenizer.to_json())
+        of = f"of {meta['source']}, {meta['tokenizer']['kind']} tokenizer"
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        same, of = False, "that another program made"
+    if not same:
+        raise UserError(
+            f"{folder} has a data set {of}: give this one another --name=, or remove that"
+        )
 
 
 def command_for(name: str) -> str:
@@ -74,6 +119,6 @@ def prepare_on_first_use(name: str, folder: Path, log: Callable[[str], None] = p
     if (folder / "val.bin").exists():  # written last
         return
     if name in SMALL:
-        write(folder, _corpus(name, folder, None, None, log), log, first_use=True)
+        write(folder, _small(name, folder, None, log), log, first_use=True)
     elif not folder.is_dir() or name in SETS:
         raise UserError(f"there is no data set in {folder}: `{command_for(name)}` makes one")

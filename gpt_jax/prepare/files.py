@@ -23,7 +23,13 @@ except ImportError:  # Windows
     fcntl = None
 
 TEMPORARY = ".preparing-"
+STATE = "state.json"  # beside the unfinished files: how far they go
 STALE_SECONDS = 3600  # where no lock tells: a run that wrote nothing for so long was interrupted
+SAVE_SECONDS = 10  # between two places that a killed run can be gone on with from
+
+
+class Unfinished(UserError):  # noqa: N818
+    """What stops a preparation that can go on when it is run again."""
 
 
 @dataclass(frozen=True)
@@ -35,21 +41,41 @@ class Corpus:
     pieces: Iterable[tuple[str, Sequence[int]]]  # ("train" or "val", token ids)
 
 
+@dataclass(frozen=True)
+class Stream:
+    """What a large set is made of: a corpus that can be begun at places on the way."""
+
+    source: str
+    tokenizer: Tokenizer
+    identity: str  # of all that the files follow from: a place is good for no other
+    begin: Callable[[Any], Iterable[tuple[str, np.ndarray, Any]]]
+    # from a place (None: the first) on: ("train" or "val", token ids, the place after them, as
+    # JSON, or None where the work could not go on)
+    summary: Callable[[int], list[str]]  # of so many tokens: lines to log at the end
+
+
+def dtype_of(tokenizer: Tokenizer) -> np.dtype:
+    """Return the dtype of the token files: uint16, or uint32 for more ids than it has."""
+    return np.dtype(size_and_dtype(tokenizer)[1]).newbyteorder("<")
+
+
 def write(
-    folder: Path, corpus: Corpus, log: Callable[[str], None], *, first_use: bool = False
+    folder: Path, corpus: Corpus | Stream, log: Callable[[str], None], *, first_use: bool = False
 ) -> None:
     """Write a corpus into folder; UserError, and no file, where it is too small or disk fails.
 
     On first use this waits for another process that prepares the folder, and takes what it made.
+    A Stream goes on from where an earlier run of the same identity was interrupted.
     """
     with disk(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with _alone(folder, first_use, log) as locked:
             if first_use and (folder / "val.bin").exists():
                 return
-            _sweep(folder, locked)
-            with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=folder) as temporary:
-                meta = _write(Path(temporary), corpus)
+            identity = corpus.identity if isinstance(corpus, Stream) and locked else None
+            unfinished = _sweep(folder, locked, identity)
+            with _workplace(folder, unfinished, log) as temporary:
+                meta = _write(temporary, corpus, identity)
                 # A folder is a data set once it has val.bin, so the older one goes first and the
                 # new one comes last; train.bin is away while meta.json changes. Wherever this
                 # stops, no tokens meet another vocabulary.
@@ -57,32 +83,66 @@ def write(
                     (folder / name).unlink(missing_ok=True)
                 _sync_names(folder)
                 for name in ("meta.json", "train.bin", "val.bin"):
-                    os.replace(Path(temporary, name), folder / name)
+                    os.replace(temporary / name, folder / name)
                 _sync_names(folder)
+    size, tokens = np.dtype(meta["dtype"]).itemsize, meta["tokens"]
     log(f"{folder}: from {corpus.source}")
-    for split, count in meta["tokens"].items():
-        n_bytes = count * np.dtype(meta["dtype"]).itemsize
-        log(f"  {split + '.bin':10} {count:,} tokens, {n_bytes:,} bytes")
+    for split, count in tokens.items():
+        log(f"  {split + '.bin':10} {count:,} tokens, {size * count:,} bytes")
+    if isinstance(corpus, Stream):
+        for line in corpus.summary(sum(tokens.values())):
+            log(f"  {line}")
     log(f"  vocabulary {meta['vocab_size']:,}, {meta['tokenizer']['kind']} tokenizer")
 
 
-def _write(temporary: Path, corpus: Corpus) -> dict[str, Any]:
-    counts = {"train": 0, "val": 0}
-    vocab_size, name = size_and_dtype(corpus.tokenizer)
-    dtype = np.dtype(name).newbyteorder("<")
-    with open(temporary / "train.bin", "wb") as train, open(temporary / "val.bin", "wb") as val:
-        for split, ids in corpus.pieces:
-            (train if split == "train" else val).write(np.array(ids, dtype).tobytes())
-            counts[split] += len(ids)
+@contextmanager
+def _workplace(folder: Path, unfinished: Path | None, log: Callable[[str], None]) -> Iterator[Path]:
+    """Give a folder for files on their way; it stays where a rerun can go on with what is in it."""
+    place = unfinished or Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=folder))
+    try:
+        yield place
+    except BaseException as error:
+        again = isinstance(error, Unfinished) or not isinstance(error, UserError)
+        if again and (place / STATE).exists():
+            log(f"{folder}: the same command goes on with what is done")
+        else:
+            shutil.rmtree(place, ignore_errors=True)
+        raise
+    shutil.rmtree(place)
+
+
+def _write(temporary: Path, corpus: Corpus | Stream, identity: str | None) -> dict[str, Any]:
+    dtype, state = dtype_of(corpus.tokenizer), _state(temporary)
+    if isinstance(corpus, Stream):
+        pieces = corpus.begin(state.get("place"))
+    else:
+        pieces = ((split, np.array(ids, dtype), None) for split, ids in corpus.pieces)
+    sizes, saved = state.get("sizes", {"train.bin": 0, "val.bin": 0}), time.monotonic()
+    with open(temporary / "train.bin", "ab") as train, open(temporary / "val.bin", "ab") as val:
+        both = {"train.bin": train, "val.bin": val}
+        for name, file in both.items():
+            file.truncate(sizes[name])
+        for split, ids, place in pieces:
+            both[f"{split}.bin"].write(ids.tobytes())
+            sizes[f"{split}.bin"] += ids.nbytes
+            due = time.monotonic() - saved >= SAVE_SECONDS
+            if due and identity is not None and place is not None:
+                for file in both.values():
+                    file.flush()
+                    os.fsync(file.fileno())
+                _save(temporary, {"identity": identity, "place": place, "sizes": sizes})
+                saved = time.monotonic()
+    counts = {name.removesuffix(".bin"): size // dtype.itemsize for name, size in sizes.items()}
     for split, count in counts.items():
         if count < 2:  # one to read, one to predict
+            share = ", or set another --val_share" if isinstance(corpus, Stream) else ""
             raise UserError(
                 f"{corpus.source} gives the {split} split {count} tokens, and at least 2 are "
-                "needed: give more text"
+                f"needed: give more text{share}"
             )
     meta = {
-        "vocab_size": vocab_size,
-        "dtype": name,
+        "vocab_size": size_and_dtype(corpus.tokenizer)[0],
+        "dtype": dtype.name,
         "tokenizer": corpus.tokenizer.to_json(),
         "tokens": counts,
         "source": corpus.source,
@@ -91,6 +151,26 @@ def _write(temporary: Path, corpus: Corpus) -> dict[str, Any]:
     for name in ("meta.json", "train.bin", "val.bin"):
         sync(temporary / name)
     return meta
+
+
+def _save(temporary: Path, state: dict[str, Any]) -> None:
+    path = temporary / STATE
+    new = path.with_suffix(".new")
+    new.write_text(json.dumps(state), "utf-8")
+    sync(new)
+    os.replace(new, path)
+
+
+def _state(temporary: Path) -> dict[str, Any]:
+    """Return what is saved of an interrupted run; {} where there is nothing to go on with."""
+    try:
+        state = json.loads((temporary / STATE).read_bytes())
+        for name, size in state["sizes"].items():
+            if (temporary / name).stat().st_size < size:
+                return {}
+        return state
+    except (OSError, ValueError, KeyError):
+        return {}
 
 
 def sync(path: Path) -> None:
@@ -141,16 +221,23 @@ def _alone(folder: Path, wait: bool, log: Callable[[str], None]) -> Iterator[boo
         yield locked
 
 
-def _sweep(folder: Path, locked: bool) -> None:
+def _sweep(folder: Path, locked: bool, identity: str | None) -> Path | None:
     """Remove what an interrupted run left, however it ended; a run at work is left alone.
 
     Whoever holds the lock is the only one at work; with no locks, the time of the last write tells.
+    Returns what a run of this identity left to go on with.
     """
+    unfinished = None
     for left in folder.glob(f"{TEMPORARY}*"):
+        same = identity is not None and _state(left).get("identity") == identity
+        if same and unfinished is None:
+            unfinished = left
+            continue
         with suppress(OSError):  # another run may be sweeping too
             newest = max(path.stat().st_mtime for path in (left, *left.iterdir()))
             if locked or time.time() - newest > STALE_SECONDS:
                 shutil.rmtree(left)
+    return unfinished
 
 
 @contextmanager

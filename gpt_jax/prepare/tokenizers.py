@@ -37,7 +37,7 @@ def choose(spec: str, sample: Callable[[], Iterator[str]] | None = None) -> Toke
     if spec == "byte":
         return byte_tokenizer()
     if spec == "char" and sample:
-        return char_tokenizer(sorted(set().union(*sample())))
+        return char_tokenizer(sorted(set().union(*map(set, sample()))))
     if name == "bpe" and colon and sample:
         if not size.isdecimal() or not 257 <= int(size[:9]) <= MOST_TOKENS:
             raise UserError(
