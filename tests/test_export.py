@@ -345,7 +345,8 @@ def test_what_a_killed_export_has_left_is_cleared_away(work, run, form):
 
 def test_folders_on_the_way_are_made_and_a_file_there_is_told_of(work, run):
     assert run("--out_dir=plain", "a/b/folder")[0] == 0
-    assert left(work / "a/b/folder") == ["config.json", "model.safetensors"]
+    files = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+    assert left(work / "a/b/folder") == files
     code, _, err = run("--out_dir=plain", "a/b/folder/config.json/x")
     assert (code, len(err)) == (2, 1)
     assert "cannot be written (" in err[0]

@@ -9,7 +9,8 @@ import jax
 import numpy as np
 
 from gpt_jax.config import GPTConfig
-from gpt_jax.interop import safetensors_file
+from gpt_jax.errors import UserError
+from gpt_jax.interop import safetensors_file, tokenizer_files
 from gpt_jax.interop.gpt2 import FIXED, PREFIX, WEIGHTS, layout
 from gpt_jax.tokenizer import Tokenizer
 
@@ -92,9 +93,12 @@ def config_json(config: GPTConfig, tokenizer: Tokenizer, dtype: str, rows: int) 
 
 
 def write_tokenizer(tokenizer: Tokenizer, folder: Path, n_ctx: int) -> list[str]:
-    """Write the tokenizer's files into a folder, and return lines on what is not there."""
-    # the one place to be wired to gpt_jax.interop.tokenizer_files.write(tokenizer, folder, n_ctx)
-    return [f"  no tokenizer files are written for its {tokenizer.spec['kind']} tokenizer"]
+    """Write the tokenizer's files into a folder; return why not, in a line, where it cannot be."""
+    try:
+        tokenizer_files.write(tokenizer, folder, n_ctx)
+    except UserError as error:
+        return [f"  no tokenizer files are written: {error}"]
+    return []
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 
 from gpt_jax.config import GPTConfig
 from gpt_jax.errors import UserError
+from gpt_jax.interop import tokenizer_files
 from gpt_jax.interop.safetensors_file import open_tensors
 from gpt_jax.model import GPT
 from gpt_jax.sharding import state_sharding
@@ -37,6 +38,7 @@ FETCHED = [  # all that is looked at
     "config.json", WEIGHTS, INDEX, "model-*-of-*.safetensors", "tokenizer.json", "vocab.json",
     "merges.txt", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
 ]  # fmt: skip
+GPT2_TOKENS = 50257
 LONGEST_JSON = 10**7  # bytes
 PREFIX = "transformer."
 
@@ -120,11 +122,19 @@ def fetch(source: str) -> Path:
 
 
 def read_tokenizer(folder: Path, config: GPTConfig) -> Tokenizer:
-    """Return the tokenizer of a model's folder."""
-    # the one place to be wired to gpt_jax.interop.tokenizer_files.read(folder)
-    if config.vocab_size != 50257:
-        raise UserError(f"{folder}: vocab_size={config.vocab_size} is not GPT-2's 50257")
-    return tiktoken_tokenizer("gpt2")
+    """Return the tokenizer of a model's folder: of its files, else GPT-2's for GPT-2's vocabulary.
+
+    Raises UserError where there is neither, or it has ids that the network does not.
+    """
+    if not tokenizer_files.are_in(folder) and config.vocab_size == GPT2_TOKENS:
+        return tiktoken_tokenizer("gpt2")
+    tokenizer = tokenizer_files.read(folder)
+    if tokenizer.n_tokens > config.vocab_size:
+        raise UserError(
+            f"{folder}: its tokenizer has {tokenizer.n_tokens:,} ids and vocab_size is "
+            f"{config.vocab_size:,} in its config.json: they do not belong together"
+        )
+    return tokenizer
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -37,6 +37,12 @@ CHARACTER = {
 # ---- in
 
 
+def are_in(folder: Path) -> bool:
+    """Return whether a folder has files that `read` makes a tokenizer of."""
+    pairs = (all((folder / name).is_file() for name in pair) for pair in PAIRS)
+    return (folder / "tokenizer.json").is_file() or any(pairs)
+
+
 def read(folder: Path) -> Tokenizer:
     """Return the tokenizer of a folder: of tokenizer.json, or of vocab.json and merges.txt.
 
