@@ -50,7 +50,7 @@ class Tokenizer:
     def to_json(self) -> dict[str, Any]:
         """Return plain values from which from_json makes this tokenizer again.
 
-        Those of equal specs give equal ids; only the spec says what is another's.
+        Whether two are alike their specs say: one may have files kept with it, the other not.
         """
         return {**self.spec, **(self.files or {})}
 

@@ -141,11 +141,12 @@ def test_gpt2_is_written_as_openai_did_and_read_from_each_of_its_files(openai, t
     [
         lambda d: d["added_tokens"].append({**d["added_tokens"][0], "id": 50257, "content": "x"}),
         lambda d: d["pre_tokenizer"].update(use_regex=False),
+        lambda d: d["pre_tokenizer"].update(add_prefix_space=True),
         lambda d: d.update(normalizer={"type": "NFC"}),
         lambda d: d["model"]["merges"].reverse(),
         lambda d: d["model"]["vocab"].update({"!": 1, '"': 0}),
     ],
-    ids=["a token more", "no pattern", "a normalizer", "other merges", "other ids"],
+    ids=["a token more", "no pattern", "a space", "a normalizer", "other merges", "other ids"],
 )
 def test_what_is_not_quite_gpt2_is_not_taken_for_it(openai, tmp_path, change):
     write(read(openai), tmp_path, 1024)

@@ -138,6 +138,7 @@ def test_the_same_tokenizer_has_the_same_spec_however_its_file_is_written():
     data = byte_level()
     data["model"]["merges"] = [merge.split(" ") for merge in data["model"]["merges"]]
     data["model"]["vocab"] = dict(reversed(data["model"]["vocab"].items()))
+    data["model"]["dropout"] = 0.5
     data["truncation"] = {"max_length": 2, "strategy": "LongestFirst", "stride": 0}
     data["post_processor"] = {"type": "ByteLevel", "trim_offsets": False}
     again = huggingface_tokenizer(json.dumps(data, indent=2), None, "it")

@@ -105,7 +105,7 @@ def huggingface_tokenizer(text: str, end_of_text: str | None, name: str) -> Toke
             f"{name} cannot be used ({' '.join(why.split())}): take a byte-level BPE, such as "
             "GPT-2's, Llama 3's, Qwen's or one of your own by bpe:8192"
         ) from None
-    special = [token["content"] for token in data["added_tokens"] if token["special"]]
+    specials = [token["content"] for token in data["added_tokens"] if token["special"]]
 
     @functools.cache
     def library(special: bool) -> Any:
@@ -119,10 +119,10 @@ def huggingface_tokenizer(text: str, end_of_text: str | None, name: str) -> Toke
             made = tokenizers.Tokenizer.from_str(text)
             made.encode_special_tokens = not special
             if not special:
-                _refuse_lossy(made)
+                refuse_lossy(made)
         return made
 
-    def _refuse_lossy(made: Any) -> None:
+    def refuse_lossy(made: Any) -> None:
         if made.get_vocab(with_added_tokens=True) != ids:
             raise ValueError("the library numbers its tokens otherwise than the file says")
         probe = PROBE + (end or "")
@@ -132,20 +132,17 @@ def huggingface_tokenizer(text: str, end_of_text: str | None, name: str) -> Toke
         if end and ids[end] in found:
             raise ValueError(f"{end!r:.40} in ordinary text would end the text")
 
-    def encode(text: str, may: bool) -> list[int]:
-        ordinary = library(False)
-        made = library(True) if may and any(token in text for token in special) else ordinary
+    def encode(text: str, special: bool) -> list[int]:
+        made = library(False)
+        if special and any(token in text for token in specials):
+            made = library(True)
         with in_a_line(name):  # a batch, though of one: it lets other threads run, and is faster
             return made.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
     spec = {"kind": "huggingface", "json": text, "end_of_text": end}
-    n_tokens = max(ids.values()) + 1
-    token_bytes = functools.partial(_get, bytes_by_id)
-    return Tokenizer(spec, n_tokens, ids[end] if end else None, encode, token_bytes)
-
-
-def _get(bytes_by_id: dict[int, bytes], token: int) -> bytes:
-    return bytes_by_id.get(token, b"")  # some files leave ids unused
+    n_tokens, end_id = max(ids.values()) + 1, ids[end] if end else None
+    # some files leave ids unused
+    return Tokenizer(spec, n_tokens, end_id, encode, lambda i: bytes_by_id.get(i, b""))
 
 
 @contextmanager
@@ -258,7 +255,7 @@ def _replace(old: str, new: str) -> dict[str, Any]:
 
 
 def is_gpt2(data: dict[str, Any]) -> bool:
-    """Return whether canonical values are GPT-2's tokenizer, whatever else would be left as is."""
+    """Return whether canonical values are those of GPT-2's tokenizer: its ids for every text."""
     before, model = data["pre_tokenizer"] or {}, data["model"]
     return (
         hashlib.sha256("\n".join(map(str, model["merges"])).encode()).hexdigest() == GPT2_SHA256
