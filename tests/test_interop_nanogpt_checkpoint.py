@@ -14,9 +14,11 @@ over ``tokens`` and ``targets`` (10, A, B, T), ``wte`` after them.
 
 import json
 import pickle
+import shutil
 import sys
 import zipfile
 from collections import OrderedDict
+from contextlib import chdir
 from functools import cache
 from pathlib import Path
 
@@ -31,6 +33,7 @@ import train
 from gpt_jax import checkpoint, evaluate, load
 from gpt_jax.config import parse
 from gpt_jax.errors import UserError
+from gpt_jax.integrity import amend
 from gpt_jax.interop import torch_file
 from gpt_jax.interop.nanogpt_checkpoint import export, is_adam, read
 from gpt_jax.interop.torch_file import Tensor
@@ -46,6 +49,7 @@ REFERENCE = ROOT / "tests" / "reference"
 SHARED = ROOT.parent / "shared"
 BABY = SHARED / "reference" / "nanogpt_baby_ckpt.pt"
 NAMES = ["bias", "nobias"]
+METADATA = "checkpoints/20/meta/metadata"
 SYMBOLS = "\nabcdefghijklmnopqrstuvwxyz"
 
 
@@ -59,10 +63,22 @@ def golden(name):
         return dict(arrays)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def compiled_in_haste():
+    jax.config.update("jax_disable_most_optimizations", True)  # half the time, the same sums
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(autouse=True)
 def letters(tmp_path, monkeypatch):
-    """A working directory with the data that they were trained on, as nanoGPT has them."""
+    """A working directory with the data that they were trained on."""
     monkeypatch.chdir(tmp_path)
+    write_letters()
+
+
+def write_letters():
+    """Make the data set as nanoGPT has it."""
     random, ids = np.random.default_rng(0), [0]
     for _ in range(4000):
         ids.append(int((ids[-1] * 3 + random.integers(0, 4)) % 27))
@@ -479,12 +495,20 @@ def test_a_pickle_changed_at_random_is_read_or_refused(tmp_path, changes, delete
 # ---- ours, there
 
 
+@pytest.fixture(scope="module")
+def taken_over(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("taken_over")
+    with chdir(folder), pytest.MonkeyPatch.context() as patch:
+        write_letters()
+        patch.setattr(sys, "argv", ["command", f"--init_from={file('bias')}", "--out_dir=ours"])
+        assert train.main() == 0
+    return folder / "ours"
+
+
 @pytest.fixture
-def ours(run):
+def ours(taken_over):
     """A run of ours that has read nanoGPT's checkpoint, saved it, and done no update."""
-    code, said = run(train, f"--init_from={file('bias')}", "--out_dir=ours")
-    assert code == 0, said
-    return "ours"
+    return str(shutil.copytree(taken_over, "ours"))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -553,32 +577,32 @@ def test_without_the_optimizer_it_is_for_sampling_alone(ours):
         resumed("--init_from=back/ckpt.pt")
 
 
-TINY = [
-    "train_shakespeare_char", "--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=8",
-    "--batch_size=8", "--eval_iters=1", "--max_iters=1", "--dataset=text", "--out_dir=tiny",
-]  # fmt: skip
-
-
-@pytest.fixture
-def text(tmp_path):
-    """A data set of bytes, which nanoGPT has no tokenizer for."""
-    Path("text.txt").write_text("to be, or not to be\n" * 40)
-    prepare("text", Path("data/text"), input=Path("text.txt"), tokenizer="byte", log=lambda _: None)
-
-
-def test_a_network_that_nanogpt_has_not_is_refused_by_name(run, text):
-    assert run(train, *TINY, "--activation=gelu_tanh")[0] == 0
-    with pytest.raises(UserError, match="activation='gelu_tanh' in tiny, but nanoGPT's network"):
-        export("tiny", "", Path("back"))
+def test_a_network_that_nanogpt_has_not_is_refused_by_name(ours):
+    meta = checkpoint.read_meta(ours, 20)
+    amend(Path(ours, METADATA), {"model": {**meta["model"], "activation": "gelu_tanh"}})
+    with pytest.raises(UserError, match="activation='gelu_tanh' in ours, but nanoGPT's network"):
+        export(ours, "", Path("back"))
     assert not Path("back").exists()
 
 
-def test_a_tokenizer_that_nanogpt_has_not_is_said(run, text):
-    assert run(train, *TINY)[0] == 0
-    said = export("tiny", "", Path("back"))
+def test_a_tokenizer_that_nanogpt_has_not_is_said(ours):
+    amend(Path(ours, METADATA), {"tokenizer": {"kind": "byte"}})
+    said = export(ours, "", Path("back"))
     assert said[1] == "nanoGPT knows no byte tokenizer: its sample.py will take ids for GPT-2's"
-    assert not Path("back/meta.pkl").exists()
-    assert torch_file.load("back/ckpt.pt")["model_args"]["vocab_size"] == 256
+    assert [path.name for path in Path("back").iterdir()] == ["ckpt.pt"]
+
+
+def test_a_padded_vocabulary_and_gpt2s_tokenizer_go_as_they_are(ours):
+    amend(Path(ours, METADATA), {"tokenizer": {"kind": "tiktoken", "name": "gpt2"}})
+    assert export(ours, "", Path("back")) == ["back/ckpt.pt: iteration 20 of ours"]
+    assert torch_file.load("back/ckpt.pt")["model"][WTE].shape == (27, 8)
+
+
+def test_a_damaged_checkpoint_is_not_exported(ours):
+    amend(Path(ours, METADATA), {"digests": {}})
+    with pytest.raises(UserError, match="has no digests"):
+        export(ours, "", Path("back"))
+    assert not Path("back").exists()
 
 
 def test_settings_are_in_nanogpts_words(ours):
