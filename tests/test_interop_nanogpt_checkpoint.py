@@ -184,6 +184,8 @@ def test_the_runs_settings_are_carried_over():
     assert (config.dataset, config.max_iters) == ("letters", 20)
     assert (config.out_dir, config.device, config.dtype) == ("out", "auto", "auto")
     assert config.compile  # theirs was compiled by nothing
+    config = parse([f"--init_from={file('bias')}", "--beta2=0.5", "--weight_decay=0.3"])
+    assert (config.beta2, config.weight_decay, config.learning_rate) == (0.5, 0.3, 1e-2)
 
 
 def test_the_networks_sizes_are_the_files_whatever_the_config_file_says():
