@@ -3,6 +3,7 @@
 Through the commands, as a user meets them.
 """
 
+import io
 import json
 import os
 import pickle
@@ -12,6 +13,7 @@ import signal
 import struct
 import subprocess
 import sys
+import zipfile
 from contextlib import chdir, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +26,7 @@ import train
 from gpt_jax import checkpoint, evaluate
 from gpt_jax.errors import exit_code
 from gpt_jax.integrity import amend
+from gpt_jax.interop import torch_file
 from gpt_jax.interop.safetensors_file import write as write_safetensors
 from gpt_jax.prepare import __main__ as prepare_command
 from gpt_jax.prepare import prepare
@@ -40,6 +43,7 @@ SAMPLE = ["--out_dir=out", "--num_samples=1", "--max_new_tokens=1"]
 MOST_MEMORY = 2**20  # KiB that a refusal may take
 PATIENCE = 20  # seconds that a command may take
 MARKER = "marker"  # what code in a file would make
+LARGEST = 2**31 - 1
 
 
 @pytest.fixture(scope="module")
@@ -176,16 +180,67 @@ def test_these_pickles_do_run_code_where_they_are_unpickled(tmp_path, monkeypatc
     assert Path(MARKER).is_dir()
 
 
-@pytest.mark.parametrize(
-    ("named", "said"),
-    [("evil/ckpt.pt", "evil/ckpt.pt cannot be read"), ("evil", "no checkpoint in evil")],
-)
-def test_a_pickle_by_the_name_of_a_torch_file_is_not_run(work, run, named, said):  # C24
+# ---- files of PyTorch's
+
+
+def torch_archive(pickle, compression=0, **more):
+    """An archive as torch.save writes them, of a pickle that it would not."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", compression) as archive:
+        for name, data in {"data.pkl": pickle, "version": b"3\n", **more}.items():
+            archive.writestr(f"ckpt/{name}", data)
+    return file.getvalue()
+
+
+def claimed(**sizes):
+    """A checkpoint of nanoGPT's, but for the sizes that its network claims."""
+    values = torch_file.load(ROOT / "tests" / "reference" / "ckpt_nobias.pt")
+    values["model_args"] |= sizes
+    torch_file.save(Path("claimed.pt"), values)
+    return Path("claimed.pt").read_bytes()
+
+
+UNREADABLE = "cannot be read as a file of tensors by torch.save"
+TORCH = {
+    **{name: (data, UNREADABLE) for name, data in PICKLES.items()},
+    **{
+        f"{name}, in an archive": (torch_archive(data), f"{UNREADABLE}|is not a checkpoint of")
+        for name, data in PICKLES.items()
+    },
+    "a zip bomb": (
+        torch_archive(b"\x80\x02N.", zipfile.ZIP_DEFLATED, x=bytes(2**24)), "is compressed",
+    ),
+    "cut off": (torch_archive(PICKLES["reduce"])[:-30], UNREADABLE),
+    "no numbers": (torch_archive(b"\x80\x02N."), "is not a checkpoint of nanoGPT's train.py"),
+    "2 billion layers": (lambda: claimed(n_layer=LARGEST), "n_layer=2147483647, and it has"),
+    "2 billion ids": (lambda: claimed(vocab_size=LARGEST), "has shape (27, 8), the model config"),
+    "wide": (lambda: claimed(n_embd=2**30), "the model config (27, 1073741824)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("data", "said"), TORCH.values(), ids=TORCH)
+def test_a_torch_file_runs_nothing_and_fills_no_memory(work, run, data, said):
+    """C24, C26."""
     Path("evil").mkdir()
-    Path("evil/ckpt.pt").write_bytes(PICKLES["reduce"])
+    Path("evil/ckpt.pt").write_bytes(data if isinstance(data, bytes) else data())
+    for script, argv in ((train, ["--out_dir=new"]), (sample, []), (evaluate, [])):
+        refused(run(script, *argv, "--init_from=evil/ckpt.pt"), *said.split("|"))
+    refused(run(sample, "--out_dir=evil"), "no checkpoint in evil: nanoGPT's is taken by")
+    assert not Path("new").exists()
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "endless", "nothing"])
+def test_what_is_named_as_a_torch_file_and_is_none_is_refused(work, run, kind):
+    path = Path("evil.pt")
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "endless":
+        path.symlink_to("/dev/zero")
     for script, argv in ((train, [*TINY, "--out_dir=new"]), (sample, []), (evaluate, [])):
-        refused(run(script, *argv, f"--init_from={named}"), said)
-    refused(run(sample, f"--out_dir={named}"), said)
+        said = ("is no regular file", "cannot be read: No such file", "no checkpoint in evil.pt")
+        refused(run(script, *argv, "--init_from=evil.pt"), *said)
 
 
 # ---- configs
@@ -257,7 +312,6 @@ def test_files_that_happen_to_lie_in_the_current_directory_are_not_run(work, run
 
 STEP = Path("out/checkpoints/1")
 META_JSON = STEP / "meta" / "metadata"
-LARGEST = 2**31 - 1
 NAN, HUGE = float("nan"), -(10**400)
 
 

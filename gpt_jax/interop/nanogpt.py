@@ -33,14 +33,8 @@ def shapes(config: GPTConfig) -> dict[str, tuple[int, ...]]:
     return {PREFIX + name: shape for name, shape in result.items()}
 
 
-def from_state_dict(arrays: Mapping[str, Any], config: GPTConfig) -> dict[str, Any]:
-    """Return parameters from nanoGPT's names and numpy arrays; dtypes are kept.
-
-    torch.compile's "_orig_mod." is taken off; "lm_head.weight", which is tied to wte, may be there
-    or not. Raises UserError naming what is missing, unknown or of another shape than config's.
-    """
-    arrays = {name.removeprefix("_orig_mod."): np.asarray(x) for name, x in arrays.items()}
-    head = arrays.pop("lm_head.weight", None)
+def check_shapes(arrays: Mapping[str, Any], config: GPTConfig) -> None:
+    """Raise UserError for the first of these that is missing, unknown or of another shape."""
     expected = shapes(config)
     for name in [*expected, *arrays]:
         if name not in arrays:
@@ -50,6 +44,17 @@ def from_state_dict(arrays: Mapping[str, Any], config: GPTConfig) -> dict[str, A
         if arrays[name].shape != expected[name]:
             shape = arrays[name].shape
             raise UserError(f"'{name}' has shape {shape}, the model config {expected[name]}")
+
+
+def from_state_dict(arrays: Mapping[str, Any], config: GPTConfig) -> dict[str, Any]:
+    """Return parameters from nanoGPT's names and numpy arrays; dtypes are kept.
+
+    torch.compile's "_orig_mod." is taken off; "lm_head.weight", which is tied to wte, may be there
+    or not. Raises UserError naming what is missing, unknown or of another shape than config's.
+    """
+    arrays = {name.removeprefix("_orig_mod."): np.asarray(x) for name, x in arrays.items()}
+    head = arrays.pop("lm_head.weight", None)
+    check_shapes(arrays, config)
     if head is not None and not np.array_equal(head, arrays[PREFIX + "wte.weight"], equal_nan=True):
         raise UserError("'lm_head.weight' differs from 'transformer.wte.weight': they must be tied")
 

@@ -25,7 +25,7 @@ from gpt_jax.config import GPTConfig, TrainConfig, typed
 from gpt_jax.errors import DamageError, UserError
 from gpt_jax.integrity import check_sizes
 from gpt_jax.interop import torch_file
-from gpt_jax.interop.nanogpt import PREFIX, from_state_dict, shapes, state_dict_array
+from gpt_jax.interop.nanogpt import PREFIX, check_shapes, from_state_dict, shapes, state_dict_array
 from gpt_jax.interop.torch_file import Tensor
 from gpt_jax.model import GPT
 from gpt_jax.optimizer import learning_rate, make_optimizer
@@ -102,7 +102,7 @@ class Checkpoint:
                 if type(found) not in PLAIN or found != value:
                     raise ValueError(f"{key} is not {value}")
             entries = [state[number] for number in chain(*numbers)]
-            counts = {number_of(entry["step"]) for entry in entries}
+            counts = {number_of("step", entry["step"]) for entry in entries}
             [count] = counts if len(counts) == 1 else [-1.0]
             if not (0 <= count <= LARGEST and count.is_integer()):
                 raise ValueError("there is no one count of updates")
@@ -122,12 +122,8 @@ class Checkpoint:
     def tree(self, arrays: Mapping[str, Tensor]) -> dict[str, Any]:
         """Return tensors by nanoGPT's names as our parameters are, numpy float32."""
         config = self.model_config("float32", 0)
-        for name, x in arrays.items():
-            exact = isinstance(x, Tensor) and x.dtype in ("float32", "bfloat16", "float16")
-            if not exact:  # nothing is lost in float32
-                found = x.dtype if isinstance(x, Tensor) else type(x).__name__
-                raise UserError(f"{self.path}: '{name}' is {found}, not float32")
         try:
+            refuse_other_dtypes(arrays)
             tree = from_state_dict(arrays, config)
         except UserError as error:
             raise of_file(self.path, error) from None
@@ -144,7 +140,7 @@ def read(path: str) -> Checkpoint:
     try:
         state, network, iter_num = saved["model"], saved["model_args"], saved["iter_num"]
         config = {k: x for k, x in saved.get("config", {}).items() if k in KEYS and k not in OURS}
-        for name, x in {**network, **config, "iter_num": iter_num}.items():
+        for name, x in [*network.items(), *config.items(), ("iter_num", iter_num)]:
             if type(x) not in PLAIN:  # of others, made to have no end, not even the repr is safe
                 raise ValueError(f"{name!r:.60} is a {type(x).__name__}")
         kinds = {f: GPTConfig.__dataclass_fields__[f].type for f in (*SIZES, "dropout")}
@@ -160,7 +156,7 @@ def read(path: str) -> Checkpoint:
             raise ValueError(f"it has a tensor {odd[0]!r:.60}")
         model = {str(n).removeprefix("_orig_mod."): x for n, x in state.items()}
         model = {n: x for n, x in model.items() if not n.endswith(MASK)}
-        best = number_of(saved["best_val_loss"])
+        best = number_of("best_val_loss", saved["best_val_loss"])
         if type(iter_num) is not int or not 0 <= iter_num <= LARGEST:
             raise ValueError(f"iter_num={iter_num!r:.60}")
         # before anything is made for so many layers as are claimed
@@ -170,7 +166,9 @@ def read(path: str) -> Checkpoint:
         result = Checkpoint(
             path, model, saved.get("optimizer"), network, config, iter_num, best if rated else None
         )
-        result.model_config("float32", 0)
+        refuse_other_dtypes(model)
+        untied = {n: x for n, x in model.items() if n != "lm_head.weight"}
+        check_shapes(untied, result.model_config("float32", 0))
         return result
     except UserError as error:
         raise of_file(path, error) from None
@@ -192,9 +190,23 @@ def reason(error: Exception) -> str:
     return f"{text if text.isprintable() else ascii(text):.200}"
 
 
-def number_of(x: Any) -> float:
+def number_of(name: str, x: Any) -> float:
     """Return a number, or that of a tensor of one: PyTorch before 1.12 counted without tensors."""
-    return float(np.asarray(x).reshape(())) if isinstance(x, Tensor) else float(x)
+    if isinstance(x, Tensor):
+        if math.prod(x.shape) != 1:
+            raise ValueError(f"{name} is of shape {x.shape}")
+        return float(np.asarray(x).reshape(()))
+    if type(x) not in (int, float):
+        raise ValueError(f"{name} is a {type(x).__name__}")
+    return float(x)
+
+
+def refuse_other_dtypes(arrays: Mapping[str, Any]) -> None:
+    """Raise UserError for the first that is no tensor, or would lose something as float32."""
+    for name, x in arrays.items():
+        if not (isinstance(x, Tensor) and x.dtype in ("float32", "bfloat16", "float16")):
+            found = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise UserError(f"'{name}' is {found}, not float32")
 
 
 def in_groups(config: GPTConfig) -> list[list[str]]:
