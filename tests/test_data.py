@@ -14,19 +14,24 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from gpt_jax import data
 from gpt_jax.data import (
+    Split,
     batch_starts,
     batches,
     evaluation_starts,
     mix,
-    open_split,
     permute,
     place,
     window_starts,
 )
 from gpt_jax.errors import UserError
+from gpt_jax.integrity.token_file import TokenFile, open_file
 from gpt_jax.sharding import batch_sharding, make_mesh
 
 ONE = make_mesh("cpu:0")
+
+
+def open_split(folder, name, vocab_size, dtype, block_size):
+    return Split((open_file(folder / f"{name}.bin", dtype),), vocab_size, block_size)
 
 
 @pytest.fixture
@@ -38,7 +43,7 @@ def split(tmp_path):
 
 def epoch(n_tokens, block_size, seed, number):
     n = max(1, (n_tokens - block_size) // block_size)
-    return window_starts(n_tokens, block_size, seed, np.arange(n) + number * n)
+    return window_starts(np.array([n_tokens]), block_size, seed, np.arange(n) + number * n)
 
 
 def one_line(error):
@@ -89,7 +94,7 @@ def test_every_epoch_visits_each_window_once_and_none_overlap_but_by_one_token(n
 @pytest.mark.parametrize("block_size", [1, 2, 7, 10])
 def test_no_window_runs_past_the_file_however_short(block_size):
     for n_tokens in range(block_size + 1, 5 * block_size + 3):
-        starts = window_starts(n_tokens, block_size, 5, np.arange(300))
+        starts = window_starts(np.array([n_tokens]), block_size, 5, np.arange(300))
         assert starts.min() >= 0
         assert starts.max() + block_size + 1 <= n_tokens
 
@@ -114,13 +119,15 @@ def test_epochs_are_shifted_and_shuffled_differently():
 
 
 def test_seeds_give_different_streams():
-    streams = {tuple(window_starts(1003, 10, seed, np.arange(50))) for seed in range(100)}
+    streams = {
+        tuple(window_starts(np.array([1003]), 10, seed, np.arange(50))) for seed in range(100)
+    }
     assert len(streams) == 100
 
 
 def test_any_step_is_read_from_its_place_in_the_stream(split):
     """C10: what a resumed run reads follows from the step alone."""
-    stream = window_starts(1003, 10, 7, np.arange(6000))
+    stream = window_starts(np.array([1003]), 10, 7, np.arange(6000))
     for step in (0, 1, 16, 17, 499, 998):  # 99 windows an epoch: steps run across its end
         expected = stream[step * 6 : step * 6 + 6].reshape(2, 3)
         np.testing.assert_array_equal(batch_starts(split, (2, 3), 7, step), expected)
@@ -128,7 +135,7 @@ def test_any_step_is_read_from_its_place_in_the_stream(split):
 
 def test_the_stream_is_the_one_that_older_runs_were_trained_on():
     """A resumed run goes on with the data it would have had: changing these breaks old runs."""
-    starts = window_starts(1003, 10, 1337, np.array([0, 1, 2, 98, 99, 100, 10**12]))
+    starts = window_starts(np.array([1003]), 10, 1337, np.array([0, 1, 2, 98, 99, 100, 10**12]))
     assert starts.tolist() == [569, 839, 59, 19, 681, 581, 361]
 
 
@@ -282,32 +289,35 @@ def test_a_file_that_changes_while_in_use_is_named_before_it_is_read(split, chan
     """Read all the same, the file cut short would end the process by SIGBUS."""
     of_model = replace(split, vocab_size=2000)  # as train.py does
     split.windows(np.array([900]))
-    change(split.path)
+    change(split.files[0].path)
     for used in (split, of_model):
         with pytest.raises(UserError) as error:
             used.windows(np.array([900]))
         message = one_line(error)
-        assert message.startswith(f"{split.path} was replaced, written to or removed while in use")
+        assert message.startswith(
+            f"{split.files[0].path} was replaced, written to or removed while in use"
+        )
         assert "2,006 bytes" in message
 
 
 def test_a_change_is_named_where_the_batch_after_it_is_asked_for(split):
     stream = batches(split, (1, 2), 1337, 0, batch_sharding(ONE, 3))
     next(stream)
-    exchange(split.path)
+    exchange(split.files[0].path)
     with pytest.raises(UserError, match="while in use"):
         list(itertools.islice(stream, 4))  # those that were read ahead are whole
 
 
 def test_a_file_that_is_only_read_elsewhere_is_not_changed(split):
-    split.path.read_bytes()
-    os.utime(split.path, ns=(0, split.path.stat().st_mtime_ns))
-    split.path.chmod(0o444)
+    path = split.files[0].path
+    path.read_bytes()
+    os.utime(path, ns=(0, path.stat().st_mtime_ns))
+    path.chmod(0o444)
     assert split.windows(np.array([5])).tolist() == [list(range(5, 15))]
 
 
 def test_tokens_of_no_file_have_nothing_to_change():
-    split = data.Split(Path("nowhere"), np.arange(20, dtype=np.uint16), 20, 10)
+    split = Split((TokenFile(Path("nowhere"), np.arange(20, dtype=np.uint16)),), 20, 10)
     assert split.windows(np.array([5])).tolist() == [list(range(5, 15))]
 
 
@@ -331,12 +341,13 @@ def test_uint32_files_hold_ids_beyond_uint16(tmp_path):
 
 def test_files_are_little_endian_on_any_machine(tmp_path):
     (tmp_path / "train.bin").write_bytes(b"\x01\x00\x00\x01")
-    assert open_split(tmp_path, "train", 257, "uint16", 1).tokens.tolist() == [1, 256]
+    assert open_split(tmp_path, "train", 257, "uint16", 1).files[0].tokens.tolist() == [1, 256]
 
 
 def test_a_file_is_mapped_and_not_read_into_memory(split):
-    assert isinstance(split.tokens, np.memmap)
-    assert not split.tokens.flags.writeable
+    [file] = split.files
+    assert isinstance(file.tokens.base, np.memmap)
+    assert not file.tokens.flags.writeable
 
 
 def test_batches_are_on_the_device_before_they_are_asked_for(split):

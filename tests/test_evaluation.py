@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from gpt_jax import GPT, GPTConfig
-from gpt_jax.data import evaluation_starts, open_split
+from gpt_jax.data import Split, evaluation_starts
 from gpt_jax.errors import UserError
 from gpt_jax.evaluate import perplexity
 from gpt_jax.evaluation import Evaluation, evaluate, make_eval_step
+from gpt_jax.integrity.token_file import open_file
 from gpt_jax.sharding import batch_sharding, make_mesh, state_sharding
 from gpt_jax.tokenizer import byte_tokenizer, char_tokenizer
 
@@ -37,7 +38,7 @@ def split(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     ids = np.random.default_rng(0).integers(0, len(SYMBOLS), 21 * T + 5)
     ids.astype("<u2").tofile(folder / "val.bin")
-    return open_split(folder, "val", len(SYMBOLS), "uint16", T)
+    return Split((open_file(folder / "val.bin", "uint16"),), len(SYMBOLS), T)
 
 
 def run(params, split, starts, batch_size, mesh=ONE, tokenizer=None):

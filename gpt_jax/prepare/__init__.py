@@ -11,6 +11,7 @@ from pathlib import Path
 from gpt_jax.errors import UserError
 from gpt_jax.prepare import openwebtext, pystdlib, shakespeare, text
 from gpt_jax.prepare.files import Corpus, write
+from gpt_jax.prepare.shards import named
 
 SETS = {
     "pystdlib": "Python's own library, found on this machine: byte level, no download",
@@ -71,7 +72,7 @@ def command_for(name: str) -> str:
 
 def prepare_on_first_use(name: str, folder: Path, log: Callable[[str], None] = print) -> None:
     """Make a small named data set where there is none yet; for any other say which command does."""
-    if (folder / "val.bin").exists():  # written last
+    if named(folder, "val"):  # written last
         return
     if name in SMALL:
         write(folder, _corpus(name, folder, None, None, log), log, first_use=True)
