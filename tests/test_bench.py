@@ -275,7 +275,8 @@ def test_loader_measures_the_same_step_with_and_without_the_loader(monkeypatch):
     real = loading.batches
 
     def spied(split, *rest):
-        drawn.append((len(split.tokens), split.path.suffix, split.tokens.dtype))
+        [file] = split.files
+        drawn.append((len(file.tokens), file.path.suffix, file.tokens.dtype))
         return real(split, *rest)
 
     monkeypatch.setattr(loading, "batches", spied)

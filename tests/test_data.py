@@ -5,11 +5,14 @@ import math
 import os
 import shutil
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
 from gpt_jax import data
@@ -18,6 +21,7 @@ from gpt_jax.data import (
     batch_starts,
     batches,
     evaluation_starts,
+    locate,
     mix,
     permute,
     place,
@@ -25,6 +29,7 @@ from gpt_jax.data import (
 )
 from gpt_jax.errors import UserError
 from gpt_jax.integrity.token_file import TokenFile, open_file
+from gpt_jax.prepare.mixture import turns
 from gpt_jax.sharding import batch_sharding, make_mesh
 
 ONE = make_mesh("cpu:0")
@@ -227,6 +232,158 @@ def test_evaluating_between_steps_leaves_the_training_stream_alone(split):
         return seen
 
     assert read(evaluating=True) == read(evaluating=False)
+
+
+# ---- several files, several sets
+
+
+def made_of(*sizes, sets=None, turns=(0,), block_size=10):
+    """Files of these many tokens, no two tokens of all the same."""
+    ids = np.split(np.arange(sum(sizes), dtype=np.uint32), np.cumsum(sizes)[:-1])
+    files = [
+        TokenFile(Path(f"file{i}"), tokens, part=part)
+        for i, (tokens, part) in enumerate(zip(ids, sets or [0] * len(sizes), strict=True))
+    ]
+    return Split(tuple(files), sum(sizes), block_size, turns)
+
+
+def inside(starts, sizes, block_size=10):
+    """The file of each window, which holds it and the target of its last token."""
+    files, places = locate(starts, np.array(sizes))
+    assert (places >= 0).all()
+    assert (places + block_size + 1 <= np.array(sizes)[files]).all()
+    return files
+
+
+SIZES = st.lists(st.integers(11, 200), min_size=1, max_size=6)
+
+
+@given(SIZES, st.integers(0, 2**32 - 1), st.integers(0, 50))
+def test_an_epoch_visits_each_window_of_every_file_once_and_crosses_no_files_end(
+    sizes, seed, number
+):
+    counts = [max(1, (size - 10) // 10) for size in sizes]
+    samples = np.arange(sum(counts)) + number * sum(counts)
+    starts = window_starts(np.array(sizes), 10, seed, samples)
+    assert np.bincount(inside(starts, sizes), minlength=len(sizes)).tolist() == counts
+    for i in range(len(sizes)):
+        own = np.sort(starts[inside(starts, sizes) == i])
+        assert (np.diff(own) == 10).all()
+
+
+def test_every_token_of_every_file_is_read_in_some_epoch():
+    sizes = np.array([64, 23, 11, 105])
+    seen = np.zeros(sizes.sum(), bool)
+    for start in window_starts(sizes, 10, 1337, np.arange(2000)):
+        seen[start : start + 11] = True
+    assert seen.all()
+
+
+def test_files_of_one_size_are_cut_differently():
+    starts = window_starts(np.array([105] * 20), 10, 1337, np.arange(180))
+    assert len({int(place) % 10 for place in locate(starts, np.array([105] * 20))[1]}) > 5
+
+
+@given(SIZES, st.integers(0, 1))
+def test_windows_are_read_from_the_files_that_hold_them(sizes, shift):
+    split = made_of(*sizes)
+    starts = batch_starts(split, (3, 4), 7, 5)
+    expected = starts[..., None] + shift + np.arange(10)
+    np.testing.assert_array_equal(split.windows(starts, shift), expected)
+
+
+def test_evaluation_tiles_each_file():
+    split = made_of(11, 30, 31, 10, 41)
+    starts = evaluation_starts(split)
+    assert starts.tolist() == [0, 11, 21, 41, 51, 61, 82, 92, 102, 112]
+    assert evaluation_starts(split, 5).tolist() == [0, 21, 51, 82, 102]
+
+
+def test_an_unknown_id_in_a_later_file_is_named_by_its_place_there():
+    split = replace(made_of(40, 40, 40), vocab_size=57)
+    with pytest.raises(UserError, match=r"^file1: token 17 is 57, but vocab_size=57"):
+        split.windows(np.array([0, 50]))
+
+
+@st.composite
+def mixtures(draw):
+    """A split of a few sets, each of a few files, and how many sets there are."""
+    n = draw(st.integers(2, 4))
+    shares = [Fraction(draw(st.integers(1, 20))) for _ in range(n)]
+    cycle = turns([share / sum(shares) for share in shares], "")
+    files = [
+        (draw(st.integers(11, 150)), i) for i in range(n) for _ in range(draw(st.integers(1, 3)))
+    ]
+    sizes, sets = zip(*files, strict=True)
+    return made_of(*sizes, sets=sets, turns=cycle), n
+
+
+def set_of(split, starts):
+    files, _ = locate(starts, split.lengths)
+    return np.array([file.part for file in split.files])[files]
+
+
+@given(mixtures(), st.integers(0, 2**32 - 1), st.integers(0, 10**9))
+def test_each_set_of_a_mixture_has_its_share_of_any_stretch(mixture, seed, first):
+    """Within one sample of it from the first sample on, so within two from any other on."""
+    split, n = mixture
+    its = set_of(split, batch_starts(split, (1, 60), seed, first).ravel())
+    shares = np.array([split.turns.count(i) for i in range(n)]) / len(split.turns)
+    for length in range(1, 61):
+        off = np.bincount(its[:length], minlength=n) - length * shares
+        assert (abs(off) < (2 if first else 1)).all()
+
+
+@given(mixtures(), st.integers(0, 2**32 - 1))
+def test_each_set_of_a_mixture_is_read_as_it_is_alone(mixture, seed):
+    """So without replacement in its own epochs, at whatever rate."""
+    split, _ = mixture
+    starts = batch_starts(split, (1, 500), seed, 0).ravel()
+    its = set_of(split, starts)
+    for i, (_, lengths, first) in enumerate(split.sets):
+        own = starts[its == i] - first
+        assert own.tolist() == window_starts(lengths, 10, seed, np.arange(len(own))).tolist()
+
+
+@given(mixtures(), st.integers(0, 1000), st.sampled_from([(1, 24), (24, 1), (4, 6), (3, 8)]))
+def test_any_step_of_a_mixture_is_read_from_its_place_in_the_stream(mixture, step, shape):
+    """C10: whatever the shape of a batch, what was read before does not matter."""
+    split, _ = mixture
+    stream = batch_starts(split, (step + 1, 24), 7, 0)
+    assert batch_starts(split, shape, 7, step).ravel().tolist() == stream[step].tolist()
+
+
+def test_rows_of_a_mixture_spread_over_eight_devices_are_the_rows_of_one():
+    """C12."""
+    split = made_of(100, 57, 300, sets=(0, 0, 1), turns=(0, 1, 0))
+    starts = batch_starts(split, (2, 16), 1337, 4)
+    one = place(split, starts, batch_sharding(ONE, 3))
+    eight = place(split, starts, batch_sharding(make_mesh(), 3))
+    for a, b in zip(one, eight, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@given(mixtures(), st.integers(1, 100))
+def test_a_mixture_is_evaluated_in_the_shares_in_which_it_is_trained_on(mixture, at_most):
+    split, n = mixture
+    starts = evaluation_starts(split, at_most)
+    total = sum((size - 1) // 10 for size in split.lengths)
+    assert len(starts) == min(at_most, total)
+    inside(starts, split.lengths)
+    first = np.array([*split.turns] * len(starts))[: len(starts)]
+    assert (
+        np.bincount(set_of(split, starts), minlength=n).tolist()
+        == np.bincount(first, minlength=n).tolist()
+    )
+
+
+def test_a_set_that_is_too_small_to_be_evaluated_on_in_its_share_is_taken_several_times():
+    split = made_of(21, 1001, sets=(0, 1), turns=(0, 1))
+    starts = evaluation_starts(split, 8)
+    assert starts.tolist() == [0, 0, 10, 10, 21, 271, 521, 771]
+
+
+# ---- what is wrong is named
 
 
 @pytest.mark.parametrize("bad", [0, 37, 98, 99, 100])

@@ -41,6 +41,11 @@ def split(tmp_path_factory):
     return Split((open_file(folder / "val.bin", "uint16"),), len(SYMBOLS), T)
 
 
+def ids_of(split):
+    [file] = split.files
+    return file.tokens
+
+
 def run(params, split, starts, batch_size, mesh=ONE, tokenizer=None):
     params = jax.device_put(params, state_sharding(mesh, params))
     return evaluate(EVAL_STEP, params, split, starts, batch_size, mesh, tokenizer)
@@ -49,12 +54,12 @@ def run(params, split, starts, batch_size, mesh=ONE, tokenizer=None):
 @pytest.fixture(scope="module")
 def naive(params, split):
     """Each window's summed loss, one at a time, from the logits, in float64."""
-    losses = []
-    for start in range(0, len(split.tokens) - T, T):
-        x = np.asarray(split.tokens[start : start + T], np.int32)
+    losses, ids = [], ids_of(split)
+    for start in range(0, len(ids) - T, T):
+        x = np.asarray(ids[start : start + T], np.int32)
         logits = np.asarray(FORWARD({"params": params}, x[None])[0], np.float64)
         logs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-        losses.append(-logs[np.arange(T), split.tokens[start + 1 : start + T + 1]].sum())
+        losses.append(-logs[np.arange(T), ids[start + 1 : start + T + 1]].sum())
     return np.array(losses)
 
 
@@ -66,7 +71,7 @@ def test_the_loss_is_the_mean_over_windows_taken_one_by_one(params, split, naive
 
 def test_a_whole_split_counts_every_target_but_the_tails(params, split):
     result = run(params, split, evaluation_starts(split), 4)
-    assert result.tokens == 21 * T == (len(split.tokens) - 1) // T * T
+    assert result.tokens == 21 * T == (len(ids_of(split)) - 1) // T * T
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 20, 1000])
@@ -99,7 +104,7 @@ def test_evaluating_twice_gives_the_same_bits(params, split):
 
 def test_bits_per_byte_count_the_bytes_of_each_symbol(params, split, naive):
     sizes = np.array([1, 1, 1, 2, 3, 4])
-    n_bytes = sizes[split.tokens[1 : 21 * T + 1]].sum()
+    n_bytes = sizes[ids_of(split)[1 : 21 * T + 1]].sum()
     tokenizer = char_tokenizer(SYMBOLS)
     for batch_size in (4, 21):  # what fills the last batch up adds no bytes
         result = run(params, split, evaluation_starts(split), batch_size, tokenizer=tokenizer)
@@ -109,7 +114,7 @@ def test_bits_per_byte_count_the_bytes_of_each_symbol(params, split, naive):
 
 def test_a_byte_is_a_byte_and_an_end_of_text_is_none(params, split, naive):
     """Id 0 of the byte tokenizer ends a document: it is predicted, but is no text."""
-    n_bytes = (split.tokens[1 : 21 * T + 1] != 0).sum()
+    n_bytes = (ids_of(split)[1 : 21 * T + 1] != 0).sum()
     assert 0 < n_bytes < 21 * T
     result = run(params, split, evaluation_starts(split), 4, tokenizer=byte_tokenizer())
     assert result.bits_per_byte == pytest.approx(naive.sum() / math.log(2) / n_bytes, rel=1e-6)
