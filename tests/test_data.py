@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -33,6 +33,7 @@ from gpt_jax.prepare.mixture import turns
 from gpt_jax.sharding import batch_sharding, make_mesh
 
 ONE = make_mesh("cpu:0")
+EXAMPLES = settings(derandomize=True, deadline=None, database=None)  # the same everywhere
 
 
 def open_split(folder, name, vocab_size, dtype, block_size):
@@ -258,6 +259,7 @@ def inside(starts, sizes, block_size=10):
 SIZES = st.lists(st.integers(11, 200), min_size=1, max_size=6)
 
 
+@EXAMPLES
 @given(SIZES, st.integers(0, 2**32 - 1), st.integers(0, 50))
 def test_an_epoch_visits_each_window_of_every_file_once_and_crosses_no_files_end(
     sizes, seed, number
@@ -284,6 +286,7 @@ def test_files_of_one_size_are_cut_differently():
     assert len({int(place) % 10 for place in locate(starts, np.array([105] * 20))[1]}) > 5
 
 
+@EXAMPLES
 @given(SIZES, st.integers(0, 1))
 def test_windows_are_read_from_the_files_that_hold_them(sizes, shift):
     split = made_of(*sizes)
@@ -323,6 +326,7 @@ def set_of(split, starts):
     return np.array([file.part for file in split.files])[files]
 
 
+@EXAMPLES
 @given(mixtures(), st.integers(0, 2**32 - 1), st.integers(0, 10**9))
 def test_each_set_of_a_mixture_has_its_share_of_any_stretch(mixture, seed, first):
     """Within one sample of it from the first sample on, so within two from any other on."""
@@ -334,6 +338,7 @@ def test_each_set_of_a_mixture_has_its_share_of_any_stretch(mixture, seed, first
         assert (abs(off) < (2 if first else 1)).all()
 
 
+@EXAMPLES
 @given(mixtures(), st.integers(0, 2**32 - 1))
 def test_each_set_of_a_mixture_is_read_as_it_is_alone(mixture, seed):
     """So without replacement in its own epochs, at whatever rate."""
@@ -345,6 +350,7 @@ def test_each_set_of_a_mixture_is_read_as_it_is_alone(mixture, seed):
         assert own.tolist() == window_starts(lengths, 10, seed, np.arange(len(own))).tolist()
 
 
+@EXAMPLES
 @given(mixtures(), st.integers(0, 1000), st.sampled_from([(1, 24), (24, 1), (4, 6), (3, 8)]))
 def test_any_step_of_a_mixture_is_read_from_its_place_in_the_stream(mixture, step, shape):
     """C10: whatever the shape of a batch, what was read before does not matter."""
@@ -363,6 +369,7 @@ def test_rows_of_a_mixture_spread_over_eight_devices_are_the_rows_of_one():
         np.testing.assert_array_equal(a, b)
 
 
+@EXAMPLES
 @given(mixtures(), st.integers(1, 100))
 def test_a_mixture_is_evaluated_in_the_shares_in_which_it_is_trained_on(mixture, at_most):
     split, n = mixture

@@ -148,7 +148,10 @@ def test_the_report_of_a_run_that_diverged_names_the_file_and_its_tokens(monkeyp
     parts = np.array_split(ids("train"), 3)
     files = {f"web_train_{i}.bin": gpt2_shard(part) for i, part in enumerate(parts)}
     fill("shards", files | {"web_val_0.bin": gpt2_shard(ids("val"))})
-    flags = ["--learning_rate=1e30", "--grad_clip=0", "--max_skipped=2", "--max_iters=50"]
+    flags = [
+        "--learning_rate=1e17", "--warmup_iters=0", "--grad_clip=0", "--dropout=0",
+        "--max_skipped=2", "--max_iters=9",
+    ]  # fmt: skip
     monkeypatch.setattr("gpt_jax.reporting.bad_numbers.SHOWN", 40)
     assert run(train, monkeypatch, *SHARDS, *flags) == 1
     named = re.findall(

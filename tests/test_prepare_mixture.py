@@ -6,13 +6,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpt_jax.errors import UserError
 from gpt_jax.prepare import mixture
 from gpt_jax.prepare.checked import open_dataset, sizes
 from gpt_jax.prepare.mixture import prepare_sets, sets_of, turns
+
+EXAMPLES = settings(derandomize=True, deadline=None, database=None)  # the same everywhere
 
 
 def refused(dataset, what=sets_of):
@@ -80,6 +82,7 @@ SHARES = st.lists(st.integers(1, 100), min_size=2, max_size=8).map(
 )
 
 
+@EXAMPLES
 @given(SHARES)
 def test_after_any_number_of_turns_each_set_is_within_one_of_its_share(shares):
     cycle = np.array(turns(shares, ""))
@@ -97,6 +100,7 @@ def test_a_cycle_is_as_short_as_its_weights_allow():
     assert len(turns([Fraction(7, 10), Fraction(3, 10)], "")) == 10
 
 
+@EXAMPLES
 @given(st.lists(st.integers(10**6, 10**9), min_size=2, max_size=5))
 def test_weights_that_fit_no_short_cycle_are_rounded_to_a_10000th_of_their_sum(weights):
     shares = [Fraction(weight, sum(weights)) for weight in weights]
