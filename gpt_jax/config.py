@@ -119,7 +119,7 @@ class TrainConfig(Hardware):
     wandb_log: bool = key(False, "log to Weights & Biases too", "Weights & Biases")
     wandb_project: str = key("owt", "its project")
     wandb_run_name: str = key("gpt2", "its run")
-    dataset: str = key("openwebtext", "folder in data_dir, or a:0.7,b:0.3", "Data", name=True)
+    dataset: str = key("openwebtext", "in data_dir: a; a:0.7,b:0.3; a,b by size", "Data", name=True)
     data_dir: str = key("data", "folder of the datasets", name=True)
     gradient_accumulation_steps: int = key(40, "micro-batches of an iteration", at_least=1)
     batch_size: int = key(12, "sequences of a micro-batch", at_least=1)

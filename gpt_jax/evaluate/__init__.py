@@ -24,7 +24,7 @@ class EvalConfig(LoadConfig):
     """Measure the loss of a trained GPT over whole splits."""
 
     command = "python -m gpt_jax.evaluate"
-    dataset: str = key("", "folder in data_dir, or a:0.7,b:0.3; '': the run's own", "Data")
+    dataset: str = key("", "in data_dir: a; a:0.7,b:0.3; a,b by size; '': the run's", "Data")
     split: str = key("val", "what to measure", choices="val|train|all")
     batch_size: int = key(32, "sequences of a forward pass", at_least=1)
 

@@ -67,9 +67,10 @@ def main(argv: list[str]) -> None:
     if name not in SETS:
         raise UserError(f"unknown data set {name!r}, {_near(name, SETS)}")
     data_dir, dataset = values.get("data_dir", "data"), values.get("name", name)
-    if Path(dataset).name != dataset or dataset == "..":
+    if Path(dataset).name != dataset or dataset == ".." or set(dataset) & set(":,"):
         raise UserError(
-            f"--name={dataset!r} is not a plain folder name: use --data_dir= for a path"
+            f"--name={dataset!r} is not a plain folder name: use --data_dir= for a path, and no "
+            "':' or ',', which --dataset= mixes data sets by"
         )
     input = Path(values["input"]) if "input" in values else None
     prepare(name, Path(data_dir, dataset), input=input, tokenizer=values.get("tokenizer"))
