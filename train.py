@@ -9,7 +9,6 @@ import math
 import sys
 from contextlib import closing
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,8 +22,8 @@ from gpt_jax.errors import RunError, Stopped, UserError, exit_code
 from gpt_jax.evaluation import Evaluation, evaluate, make_eval_step
 from gpt_jax.model import GPT
 from gpt_jax.optimizer import learning_rate, make_optimizer
-from gpt_jax.prepare import prepare_on_first_use
-from gpt_jax.prepare.checked import open_dataset
+from gpt_jax.prepare.checked import open_dataset, sizes
+from gpt_jax.prepare.mixture import prepare_sets
 from gpt_jax.pretrained import product_dtype
 from gpt_jax.reporting.bad_numbers import why
 from gpt_jax.reporting.summary import summary
@@ -51,11 +50,11 @@ def train(config: TrainConfig, stop: Stop) -> None:
     meta: dict[str, Any] = saved or {"iter": 0, "best_val_loss": None}
 
     # ---- 2. What it reads -----------------------------------------------------------------------
-    folder = Path(config.data_dir) / config.dataset
-    in_turn(lambda: prepare_on_first_use(config.dataset, folder))
-    tokenizer, vocab_size, splits = open_dataset(folder, config.block_size)
-    agree({"the checkpoint to resume from": meta["iter"],
-           **{f"tokens in {s.path}": len(s.tokens) for s in splits.values()}})  # fmt: skip
+    in_turn(lambda: prepare_sets(config.data_dir, config.dataset))
+    tokenizer, vocab_size, splits = open_dataset(
+        config.data_dir, config.dataset, config.block_size, log=print
+    )
+    agree({"the checkpoint to resume from": meta["iter"], **sizes(splits)})
 
     # ---- 3. Where it runs -----------------------------------------------------------------------
     use_platform(config.device, config.deterministic)

@@ -3,7 +3,6 @@
 import re
 from dataclasses import dataclass, field, fields, replace
 from operator import ge, gt, le, lt
-from pathlib import Path
 from typing import Any, TypeVar
 
 from gpt_jax.errors import UserError
@@ -42,7 +41,7 @@ class Checked:
                 raise UserError(f"{f.name}={value!r:.60} is not one of {limits['choices']}{hint}")
             if "name" in limits and not (value.strip() and value.isprintable()):
                 raise UserError(f"{f.name}={value!r:.60} is empty or unprintable: give it a name")
-            if f.name == "dataset" and ".." in Path(value).parts:
+            if f.name == "dataset" and ".." in re.split(r"[\\/,:]", value):
                 raise UserError(f"dataset={value!r:.60} leaves data_dir: set --data_dir instead")
 
 
@@ -120,7 +119,7 @@ class TrainConfig(Hardware):
     wandb_log: bool = key(False, "log to Weights & Biases too", "Weights & Biases")
     wandb_project: str = key("owt", "its project")
     wandb_run_name: str = key("gpt2", "its run")
-    dataset: str = key("openwebtext", "folder of the data inside data_dir", "Data", name=True)
+    dataset: str = key("openwebtext", "in data_dir: a; a:0.7,b:0.3; a,b by size", "Data", name=True)
     data_dir: str = key("data", "folder of the datasets", name=True)
     gradient_accumulation_steps: int = key(40, "micro-batches of an iteration", at_least=1)
     batch_size: int = key(12, "sequences of a micro-batch", at_least=1)

@@ -1,87 +1,77 @@
 """Token files -> batches, as a pure function of (data, seed, step).
 
-An epoch cuts the file into windows of ``block_size`` tokens and visits each once, in an order that
-a small cipher gives: any step's windows follow from its number alone, so a run resumes where it
-was, on any number of devices. Each epoch shifts the cuts and shuffles anew.
+The tokens of a split are numbered through, from its first file to its last. A window is
+``block_size`` of them, all of one file, and is named by the number of its first.
+
+An epoch cuts the files into windows and visits each once, in an order that a small cipher gives:
+any step's windows follow from its number alone, so a run resumes where it was, on any number of
+devices. Each epoch shifts the cuts and shuffles anew.
+
+In a mixture each data set walks epochs of its own, and which set a sample is drawn from follows
+from the sample's number too.
 """
 
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
+from functools import cached_property
 
 import jax
 import numpy as np
 from jax import Array
 from jax.sharding import Sharding
-from numpy.typing import DTypeLike
 
-from gpt_jax.errors import UserError
+from gpt_jax.integrity.token_file import TokenFile
 
 READ_AHEAD = 2  # batches made and sent to the device before they are asked for
 
 
 @dataclass(frozen=True)
 class Split:
-    """A headerless little-endian file of token ids, mapped into memory."""
+    """What is read as "train" or "val": the files of a data set, or of each set in a mixture."""
 
-    path: Path
-    tokens: np.ndarray  # uint16 or uint32, (n,)
+    files: tuple[TokenFile, ...]
     vocab_size: int
     block_size: int
-    opened: tuple[int, ...] = ()  # stamp of the file that was mapped; (): tokens of no file
+    turns: tuple[int, ...] = (0,)  # sample s is drawn from the set turns[s % len(turns)]
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """The tokens of each file, int64 (files,)."""
+        return np.array([len(file.tokens) for file in self.files])
+
+    @cached_property
+    def sets(self) -> list[tuple[np.ndarray, np.ndarray, int]]:
+        """Of each set: its turns, bool (turns,); its files' lengths; the number of its token 0."""
+        of, turns = np.array([file.part for file in self.files]), np.array(self.turns)
+        return [
+            (turns == i, self.lengths[of == i], int(self.lengths[of < i].sum()))
+            for i in range(of.max() + 1)
+        ]
 
     def windows(self, starts: np.ndarray, shift: int = 0) -> np.ndarray:
         """Return the tokens from each start on, int32 ``starts.shape + (block_size,)``."""
-        self.refuse_if_changed()
-        windows = self.tokens[starts[..., None] + np.arange(shift, self.block_size + shift)]
+        indices, places = locate(starts.ravel() + shift, self.lengths)
+        windows = np.empty((starts.size, self.block_size), np.uint32)
+        for index in set(indices.tolist()):
+            self.files[index].refuse_if_changed()
+        for window, index, place in zip(windows, indices, places, strict=True):
+            window[:] = self.files[index].tokens[place : place + self.block_size]
         if windows.max(initial=0) >= self.vocab_size:
-            self.refuse(starts.ravel(), windows.reshape(-1, self.block_size), shift)
-        return windows.astype(np.int32)
-
-    def refuse_if_changed(self) -> None:
-        """Raise UserError where the file is not the one that was opened, or is gone.
-
-        To read past the end of a mapped file that was cut short would kill the process by SIGBUS.
-        """
-        if self.opened and stamp(self.path) != self.opened:
-            raise UserError(
-                f"{self.path} was replaced, written to or removed while in use (it had "
-                f"{self.opened[0]:,} bytes): put it back or prepare the data set again, and rerun"
-            )
-
-    def refuse(self, starts: np.ndarray, windows: np.ndarray, shift: int) -> None:
-        """Raise UserError for the first id in ``windows`` that the vocabulary does not have."""
-        row, column = np.argwhere(windows >= self.vocab_size)[0]
-        raise UserError(
-            f"{self.path}: token {starts[row] + shift + column} is {windows[row, column]}, but "
-            f"vocab_size={self.vocab_size}: the file and its meta.json do not belong together, "
-            "prepare the data set again"
-        )
+            row = int(np.argmax(windows.max(1) >= self.vocab_size))
+            self.files[indices[row]].refuse(places[row], windows[row], self.vocab_size)
+        return windows.view(np.int32).reshape(*starts.shape, self.block_size)
 
 
-def stamp(path: Path) -> tuple[int, ...]:
-    """Return a file's size in bytes, time of its last change in ns, and inode; () if it is gone."""
-    with suppress(OSError):
-        found = path.stat()
-        return found.st_size, found.st_mtime_ns, found.st_ino
-    return ()
+def locate(numbers: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the file of each item and its place there, int64 of the shape of ``numbers``.
 
-
-def open_split(
-    folder: Path, name: str, vocab_size: int, dtype: DTypeLike, block_size: int
-) -> Split:
-    """Return the split ``name`` ("train" or "val") of a data set's folder.
-
-    dtype is the file's, "uint16" or "uint32". The file is taken as it is, OSError or ValueError if
-    it cannot be mapped: ``prepare.checked.open_checked`` says what is wrong with one.
+    The items, ``lengths`` of each file, int64 (files,), are numbered through.
     """
-    path = folder / f"{name}.bin"
-    opened = stamp(path)  # before it is mapped: a file that comes in between is noticed
-    tokens = np.memmap(path, np.dtype(dtype).newbyteorder("<"), "r")
-    return Split(path, tokens, vocab_size, block_size, opened)
+    ends = np.cumsum(lengths)
+    files = np.searchsorted(ends, numbers, side="right")
+    return files, numbers - (ends - lengths)[files]
 
 
 def mix(x: np.ndarray) -> np.ndarray:
@@ -110,34 +100,51 @@ def permute(index: np.ndarray, n: int, key: np.ndarray) -> np.ndarray:
     return result
 
 
-def window_starts(n_tokens: int, block_size: int, seed: int, samples: np.ndarray) -> np.ndarray:
-    """Return where the windows of the given samples start, int64 of their shape.
+def window_starts(lengths: np.ndarray, T: int, seed: int, samples: np.ndarray) -> np.ndarray:
+    """Return where the windows of T tokens start that samples are, int64 of the samples' shape.
 
-    ``samples`` are int64 indices into the endless stream of epochs. Within an epoch no two windows
-    overlap but by the one token that is input to one and target to the other.
+    ``lengths`` are the tokens of each file, int64 (files,); ``samples`` are int64 indices into the
+    endless stream of epochs. Within an epoch no two windows overlap but by the one token that is
+    input to one and target to the other.
     """
-    n = max(1, (n_tokens - block_size) // block_size)
+    windows = np.maximum(1, (lengths - T) // T)  # of each file
+    n = int(windows.sum())
     epoch, index = np.divmod(samples.astype(np.uint64), np.uint64(n))
     key = mix(mix(np.full_like(epoch, seed)) + epoch)
-    offset = mix(key) % np.uint64(n_tokens - n * block_size)  # so that the tail is read too
-    return (permute(index, n, key) * np.uint64(block_size) + offset).astype(np.int64)
+    file, window = locate(permute(index, n, key).view(np.int64), windows)
+    room = (lengths - windows * T).view(np.uint64)[file]
+    offset = mix(key + file.view(np.uint64)) % room  # so that each file's tail is read too
+    return (np.cumsum(lengths) - lengths)[file] + window * T + offset.view(np.int64)
 
 
 def batch_starts(split: Split, shape: tuple[int, int], seed: int, step: int) -> np.ndarray:
     """Return the starts, int64 (A, B), of update ``step``'s windows; the same on any mesh."""
     samples = np.arange(shape[0] * shape[1], dtype=np.int64) + step * shape[0] * shape[1]
-    return window_starts(len(split.tokens), split.block_size, seed, samples).reshape(shape)
+    cycle, turn = np.divmod(samples, len(split.turns))
+    starts = np.empty_like(samples)
+    for turns, lengths, first in split.sets:
+        before = np.cumsum(turns) - turns  # how many of a cycle's turns it has had
+        own = (cycle * turns.sum() + before[turn])[turns[turn]]  # counted in the set's samples
+        starts[turns[turn]] = first + window_starts(lengths, split.block_size, seed, own)
+    return starts.reshape(shape)
 
 
 def evaluation_starts(split: Split, at_most: int | None = None) -> np.ndarray:
     """Return the starts, int64 (n,), of the split's windows in order, or of ``at_most`` of them.
 
-    They tile the split from its first token; fewer than all are spread evenly over it. The tail
-    that does not fill a window is left out.
+    They tile each file from its first token; fewer than all are spread evenly over the files. A
+    tail that does not fill a window is left out. Each set of a mixture has as many of them as of
+    the first n samples in training, some more than once where it is too small.
     """
-    n = (len(split.tokens) - 1) // split.block_size
-    picked = np.arange(n) if at_most is None or n <= at_most else np.arange(at_most) * n // at_most
-    return picked * split.block_size
+    n = int(((split.lengths - 1) // split.block_size).sum())
+    n = n if at_most is None else min(n, at_most)
+    starts = []
+    for turns, lengths, first in split.sets:
+        windows = (lengths - 1) // split.block_size
+        share = n // len(turns) * turns.sum() + turns[: n % len(turns)].sum()
+        file, window = locate(np.arange(share) * windows.sum() // max(1, share), windows)
+        starts.append(first + (np.cumsum(lengths) - lengths)[file] + window * split.block_size)
+    return np.concatenate(starts)
 
 
 def place(split: Split, starts: np.ndarray, sharding: Sharding) -> tuple[Array, Array]:

@@ -50,12 +50,8 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
     """
     adamw = optax.adamw(
         lambda step: learning_rate(config, step),
-        b1=config.beta1,
-        b2=config.beta2,
-        eps=1e-8,
-        weight_decay=config.weight_decay,
-        mask=decayed,
-    )
+        b1=config.beta1, b2=config.beta2, eps=1e-8, weight_decay=config.weight_decay, mask=decayed,
+    )  # fmt: skip
     if not config.grad_clip:
         return adamw
     return optax.chain(optax.clip_by_global_norm(config.grad_clip), adamw)

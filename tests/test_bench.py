@@ -275,7 +275,8 @@ def test_loader_measures_the_same_step_with_and_without_the_loader(monkeypatch):
     real = loading.batches
 
     def spied(split, *rest):
-        drawn.append((len(split.tokens), split.path.suffix, split.tokens.dtype))
+        [file] = split.files
+        drawn.append((len(file.tokens), file.path.suffix, file.tokens.dtype))
         return real(split, *rest)
 
     monkeypatch.setattr(loading, "batches", spied)
@@ -355,10 +356,11 @@ def test_train_py_is_given_every_key_that_is_not_its_default(tmp_path, monkeypat
 def test_made_up_data_of_many_symbols_are_read_back(tmp_path):
     config = configured([*TINY, "--vocab_size=70000"], CompileBench)
     compiling.made_up(config, tmp_path / "made_up")
-    _, vocab_size, splits = open_dataset(tmp_path / "made_up", 16)
+    _, vocab_size, splits = open_dataset(str(tmp_path), "made_up", 16)
     assert vocab_size == 70000
-    assert splits["train"].tokens.dtype == np.uint32
-    assert 2**16 < splits["train"].tokens.max() < 70000
+    tokens = splits["train"].files[0].tokens
+    assert tokens.dtype == np.uint32
+    assert 2**16 < tokens.max() < 70000
 
 
 def test_a_profile_that_fails_leaves_the_record_of_what_was_measured(monkeypatch, capsys, tmp_path):

@@ -5,28 +5,39 @@ import math
 import os
 import shutil
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
 from gpt_jax import data
 from gpt_jax.data import (
+    Split,
     batch_starts,
     batches,
     evaluation_starts,
+    locate,
     mix,
-    open_split,
     permute,
     place,
     window_starts,
 )
 from gpt_jax.errors import UserError
+from gpt_jax.integrity.token_file import TokenFile, open_file
+from gpt_jax.prepare.mixture import turns
 from gpt_jax.sharding import batch_sharding, make_mesh
 
 ONE = make_mesh("cpu:0")
+EXAMPLES = settings(derandomize=True, deadline=None, database=None)  # the same everywhere
+
+
+def open_split(folder, name, vocab_size, dtype, block_size):
+    return Split((open_file(folder / f"{name}.bin", dtype),), vocab_size, block_size)
 
 
 @pytest.fixture
@@ -38,7 +49,7 @@ def split(tmp_path):
 
 def epoch(n_tokens, block_size, seed, number):
     n = max(1, (n_tokens - block_size) // block_size)
-    return window_starts(n_tokens, block_size, seed, np.arange(n) + number * n)
+    return window_starts(np.array([n_tokens]), block_size, seed, np.arange(n) + number * n)
 
 
 def one_line(error):
@@ -89,7 +100,7 @@ def test_every_epoch_visits_each_window_once_and_none_overlap_but_by_one_token(n
 @pytest.mark.parametrize("block_size", [1, 2, 7, 10])
 def test_no_window_runs_past_the_file_however_short(block_size):
     for n_tokens in range(block_size + 1, 5 * block_size + 3):
-        starts = window_starts(n_tokens, block_size, 5, np.arange(300))
+        starts = window_starts(np.array([n_tokens]), block_size, 5, np.arange(300))
         assert starts.min() >= 0
         assert starts.max() + block_size + 1 <= n_tokens
 
@@ -114,13 +125,15 @@ def test_epochs_are_shifted_and_shuffled_differently():
 
 
 def test_seeds_give_different_streams():
-    streams = {tuple(window_starts(1003, 10, seed, np.arange(50))) for seed in range(100)}
+    streams = {
+        tuple(window_starts(np.array([1003]), 10, seed, np.arange(50))) for seed in range(100)
+    }
     assert len(streams) == 100
 
 
 def test_any_step_is_read_from_its_place_in_the_stream(split):
     """C10: what a resumed run reads follows from the step alone."""
-    stream = window_starts(1003, 10, 7, np.arange(6000))
+    stream = window_starts(np.array([1003]), 10, 7, np.arange(6000))
     for step in (0, 1, 16, 17, 499, 998):  # 99 windows an epoch: steps run across its end
         expected = stream[step * 6 : step * 6 + 6].reshape(2, 3)
         np.testing.assert_array_equal(batch_starts(split, (2, 3), 7, step), expected)
@@ -128,7 +141,7 @@ def test_any_step_is_read_from_its_place_in_the_stream(split):
 
 def test_the_stream_is_the_one_that_older_runs_were_trained_on():
     """A resumed run goes on with the data it would have had: changing these breaks old runs."""
-    starts = window_starts(1003, 10, 1337, np.array([0, 1, 2, 98, 99, 100, 10**12]))
+    starts = window_starts(np.array([1003]), 10, 1337, np.array([0, 1, 2, 98, 99, 100, 10**12]))
     assert starts.tolist() == [569, 839, 59, 19, 681, 581, 361]
 
 
@@ -222,6 +235,164 @@ def test_evaluating_between_steps_leaves_the_training_stream_alone(split):
     assert read(evaluating=True) == read(evaluating=False)
 
 
+# ---- several files, several sets
+
+
+def made_of(*sizes, sets=None, turns=(0,), block_size=10):
+    """Files of these many tokens, no two tokens of all the same."""
+    ids = np.split(np.arange(sum(sizes), dtype=np.uint32), np.cumsum(sizes)[:-1])
+    files = [
+        TokenFile(Path(f"file{i}"), tokens, part=part)
+        for i, (tokens, part) in enumerate(zip(ids, sets or [0] * len(sizes), strict=True))
+    ]
+    return Split(tuple(files), sum(sizes), block_size, turns)
+
+
+def inside(starts, sizes, block_size=10):
+    """The file of each window, which holds it and the target of its last token."""
+    files, places = locate(starts, np.array(sizes))
+    assert (places >= 0).all()
+    assert (places + block_size + 1 <= np.array(sizes)[files]).all()
+    return files
+
+
+SIZES = st.lists(st.integers(11, 200), min_size=1, max_size=6)
+
+
+@EXAMPLES
+@given(SIZES, st.integers(0, 2**32 - 1), st.integers(0, 50))
+def test_an_epoch_visits_each_window_of_every_file_once_and_crosses_no_files_end(
+    sizes, seed, number
+):
+    counts = [max(1, (size - 10) // 10) for size in sizes]
+    samples = np.arange(sum(counts)) + number * sum(counts)
+    starts = window_starts(np.array(sizes), 10, seed, samples)
+    assert np.bincount(inside(starts, sizes), minlength=len(sizes)).tolist() == counts
+    for i in range(len(sizes)):
+        own = np.sort(starts[inside(starts, sizes) == i])
+        assert (np.diff(own) == 10).all()
+
+
+def test_every_token_of_every_file_is_read_in_some_epoch():
+    sizes = np.array([64, 23, 11, 105])
+    seen = np.zeros(sizes.sum(), bool)
+    for start in window_starts(sizes, 10, 1337, np.arange(2000)):
+        seen[start : start + 11] = True
+    assert seen.all()
+
+
+def test_files_of_one_size_are_cut_differently():
+    starts = window_starts(np.array([105] * 20), 10, 1337, np.arange(180))
+    assert len({int(place) % 10 for place in locate(starts, np.array([105] * 20))[1]}) > 5
+
+
+@EXAMPLES
+@given(SIZES, st.integers(0, 1))
+def test_windows_are_read_from_the_files_that_hold_them(sizes, shift):
+    split = made_of(*sizes)
+    starts = batch_starts(split, (3, 4), 7, 5)
+    expected = starts[..., None] + shift + np.arange(10)
+    np.testing.assert_array_equal(split.windows(starts, shift), expected)
+
+
+def test_evaluation_tiles_each_file():
+    split = made_of(11, 30, 31, 10, 41)
+    starts = evaluation_starts(split)
+    assert starts.tolist() == [0, 11, 21, 41, 51, 61, 82, 92, 102, 112]
+    assert evaluation_starts(split, 5).tolist() == [0, 21, 51, 82, 102]
+
+
+def test_an_unknown_id_in_a_later_file_is_named_by_its_place_there():
+    split = replace(made_of(40, 40, 40), vocab_size=57)
+    with pytest.raises(UserError, match=r"^file1: token 17 is 57, but vocab_size=57"):
+        split.windows(np.array([0, 50]))
+
+
+@st.composite
+def mixtures(draw):
+    """A split of a few sets, each of a few files, and how many sets there are."""
+    n = draw(st.integers(2, 4))
+    shares = [Fraction(draw(st.integers(1, 20))) for _ in range(n)]
+    cycle = turns([share / sum(shares) for share in shares], "")
+    files = [
+        (draw(st.integers(11, 150)), i) for i in range(n) for _ in range(draw(st.integers(1, 3)))
+    ]
+    sizes, sets = zip(*files, strict=True)
+    return made_of(*sizes, sets=sets, turns=cycle), n
+
+
+def set_of(split, starts):
+    files, _ = locate(starts, split.lengths)
+    return np.array([file.part for file in split.files])[files]
+
+
+@EXAMPLES
+@given(mixtures(), st.integers(0, 2**32 - 1), st.integers(0, 10**9))
+def test_each_set_of_a_mixture_has_its_share_of_any_stretch(mixture, seed, first):
+    """Within one sample of it from the first sample on, so within two from any other on."""
+    split, n = mixture
+    its = set_of(split, batch_starts(split, (1, 60), seed, first).ravel())
+    shares = np.array([split.turns.count(i) for i in range(n)]) / len(split.turns)
+    for length in range(1, 61):
+        off = np.bincount(its[:length], minlength=n) - length * shares
+        assert (abs(off) < (2 if first else 1)).all()
+
+
+@EXAMPLES
+@given(mixtures(), st.integers(0, 2**32 - 1))
+def test_each_set_of_a_mixture_is_read_as_it_is_alone(mixture, seed):
+    """So without replacement in its own epochs, at whatever rate."""
+    split, _ = mixture
+    starts = batch_starts(split, (1, 500), seed, 0).ravel()
+    its = set_of(split, starts)
+    for i, (_, lengths, first) in enumerate(split.sets):
+        own = starts[its == i] - first
+        assert own.tolist() == window_starts(lengths, 10, seed, np.arange(len(own))).tolist()
+
+
+@EXAMPLES
+@given(mixtures(), st.integers(0, 1000), st.sampled_from([(1, 24), (24, 1), (4, 6), (3, 8)]))
+def test_any_step_of_a_mixture_is_read_from_its_place_in_the_stream(mixture, step, shape):
+    """C10: whatever the shape of a batch, what was read before does not matter."""
+    split, _ = mixture
+    stream = batch_starts(split, (step + 1, 24), 7, 0)
+    assert batch_starts(split, shape, 7, step).ravel().tolist() == stream[step].tolist()
+
+
+def test_rows_of_a_mixture_spread_over_eight_devices_are_the_rows_of_one():
+    """C12."""
+    split = made_of(100, 57, 300, sets=(0, 0, 1), turns=(0, 1, 0))
+    starts = batch_starts(split, (2, 16), 1337, 4)
+    one = place(split, starts, batch_sharding(ONE, 3))
+    eight = place(split, starts, batch_sharding(make_mesh(), 3))
+    for a, b in zip(one, eight, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@EXAMPLES
+@given(mixtures(), st.integers(1, 100))
+def test_a_mixture_is_evaluated_in_the_shares_in_which_it_is_trained_on(mixture, at_most):
+    split, n = mixture
+    starts = evaluation_starts(split, at_most)
+    total = sum((size - 1) // 10 for size in split.lengths)
+    assert len(starts) == min(at_most, total)
+    inside(starts, split.lengths)
+    first = np.array([*split.turns] * len(starts))[: len(starts)]
+    assert (
+        np.bincount(set_of(split, starts), minlength=n).tolist()
+        == np.bincount(first, minlength=n).tolist()
+    )
+
+
+def test_a_set_that_is_too_small_to_be_evaluated_on_in_its_share_is_taken_several_times():
+    split = made_of(21, 1001, sets=(0, 1), turns=(0, 1))
+    starts = evaluation_starts(split, 8)
+    assert starts.tolist() == [0, 0, 10, 10, 21, 271, 521, 771]
+
+
+# ---- what is wrong is named
+
+
 @pytest.mark.parametrize("bad", [0, 37, 98, 99, 100])
 def test_an_unknown_id_is_refused_when_read_with_file_offset_and_id(tmp_path, bad):
     """C20: the ends of the file are the first token of a window and the last target of one."""
@@ -282,32 +453,35 @@ def test_a_file_that_changes_while_in_use_is_named_before_it_is_read(split, chan
     """Read all the same, the file cut short would end the process by SIGBUS."""
     of_model = replace(split, vocab_size=2000)  # as train.py does
     split.windows(np.array([900]))
-    change(split.path)
+    change(split.files[0].path)
     for used in (split, of_model):
         with pytest.raises(UserError) as error:
             used.windows(np.array([900]))
         message = one_line(error)
-        assert message.startswith(f"{split.path} was replaced, written to or removed while in use")
+        assert message.startswith(
+            f"{split.files[0].path} was replaced, written to or removed while in use"
+        )
         assert "2,006 bytes" in message
 
 
 def test_a_change_is_named_where_the_batch_after_it_is_asked_for(split):
     stream = batches(split, (1, 2), 1337, 0, batch_sharding(ONE, 3))
     next(stream)
-    exchange(split.path)
+    exchange(split.files[0].path)
     with pytest.raises(UserError, match="while in use"):
         list(itertools.islice(stream, 4))  # those that were read ahead are whole
 
 
 def test_a_file_that_is_only_read_elsewhere_is_not_changed(split):
-    split.path.read_bytes()
-    os.utime(split.path, ns=(0, split.path.stat().st_mtime_ns))
-    split.path.chmod(0o444)
+    path = split.files[0].path
+    path.read_bytes()
+    os.utime(path, ns=(0, path.stat().st_mtime_ns))
+    path.chmod(0o444)
     assert split.windows(np.array([5])).tolist() == [list(range(5, 15))]
 
 
 def test_tokens_of_no_file_have_nothing_to_change():
-    split = data.Split(Path("nowhere"), np.arange(20, dtype=np.uint16), 20, 10)
+    split = Split((TokenFile(Path("nowhere"), np.arange(20, dtype=np.uint16)),), 20, 10)
     assert split.windows(np.array([5])).tolist() == [list(range(5, 15))]
 
 
@@ -331,12 +505,13 @@ def test_uint32_files_hold_ids_beyond_uint16(tmp_path):
 
 def test_files_are_little_endian_on_any_machine(tmp_path):
     (tmp_path / "train.bin").write_bytes(b"\x01\x00\x00\x01")
-    assert open_split(tmp_path, "train", 257, "uint16", 1).tokens.tolist() == [1, 256]
+    assert open_split(tmp_path, "train", 257, "uint16", 1).files[0].tokens.tolist() == [1, 256]
 
 
 def test_a_file_is_mapped_and_not_read_into_memory(split):
-    assert isinstance(split.tokens, np.memmap)
-    assert not split.tokens.flags.writeable
+    [file] = split.files
+    assert isinstance(file.tokens.base, np.memmap)
+    assert not file.tokens.flags.writeable
 
 
 def test_batches_are_on_the_device_before_they_are_asked_for(split):

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from gpt_jax import GPT, GPTConfig
-from gpt_jax.data import evaluation_starts, open_split
+from gpt_jax.data import Split, evaluation_starts
 from gpt_jax.errors import UserError
 from gpt_jax.evaluate import perplexity
 from gpt_jax.evaluation import Evaluation, evaluate, make_eval_step
+from gpt_jax.integrity.token_file import open_file
 from gpt_jax.sharding import batch_sharding, make_mesh, state_sharding
 from gpt_jax.tokenizer import byte_tokenizer, char_tokenizer
 
@@ -37,7 +38,12 @@ def split(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     ids = np.random.default_rng(0).integers(0, len(SYMBOLS), 21 * T + 5)
     ids.astype("<u2").tofile(folder / "val.bin")
-    return open_split(folder, "val", len(SYMBOLS), "uint16", T)
+    return Split((open_file(folder / "val.bin", "uint16"),), len(SYMBOLS), T)
+
+
+def ids_of(split):
+    [file] = split.files
+    return file.tokens
 
 
 def run(params, split, starts, batch_size, mesh=ONE, tokenizer=None):
@@ -48,12 +54,12 @@ def run(params, split, starts, batch_size, mesh=ONE, tokenizer=None):
 @pytest.fixture(scope="module")
 def naive(params, split):
     """Each window's summed loss, one at a time, from the logits, in float64."""
-    losses = []
-    for start in range(0, len(split.tokens) - T, T):
-        x = np.asarray(split.tokens[start : start + T], np.int32)
+    losses, ids = [], ids_of(split)
+    for start in range(0, len(ids) - T, T):
+        x = np.asarray(ids[start : start + T], np.int32)
         logits = np.asarray(FORWARD({"params": params}, x[None])[0], np.float64)
         logs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-        losses.append(-logs[np.arange(T), split.tokens[start + 1 : start + T + 1]].sum())
+        losses.append(-logs[np.arange(T), ids[start + 1 : start + T + 1]].sum())
     return np.array(losses)
 
 
@@ -65,7 +71,7 @@ def test_the_loss_is_the_mean_over_windows_taken_one_by_one(params, split, naive
 
 def test_a_whole_split_counts_every_target_but_the_tails(params, split):
     result = run(params, split, evaluation_starts(split), 4)
-    assert result.tokens == 21 * T == (len(split.tokens) - 1) // T * T
+    assert result.tokens == 21 * T == (len(ids_of(split)) - 1) // T * T
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 20, 1000])
@@ -98,7 +104,7 @@ def test_evaluating_twice_gives_the_same_bits(params, split):
 
 def test_bits_per_byte_count_the_bytes_of_each_symbol(params, split, naive):
     sizes = np.array([1, 1, 1, 2, 3, 4])
-    n_bytes = sizes[split.tokens[1 : 21 * T + 1]].sum()
+    n_bytes = sizes[ids_of(split)[1 : 21 * T + 1]].sum()
     tokenizer = char_tokenizer(SYMBOLS)
     for batch_size in (4, 21):  # what fills the last batch up adds no bytes
         result = run(params, split, evaluation_starts(split), batch_size, tokenizer=tokenizer)
@@ -108,7 +114,7 @@ def test_bits_per_byte_count_the_bytes_of_each_symbol(params, split, naive):
 
 def test_a_byte_is_a_byte_and_an_end_of_text_is_none(params, split, naive):
     """Id 0 of the byte tokenizer ends a document: it is predicted, but is no text."""
-    n_bytes = (split.tokens[1 : 21 * T + 1] != 0).sum()
+    n_bytes = (ids_of(split)[1 : 21 * T + 1] != 0).sum()
     assert 0 < n_bytes < 21 * T
     result = run(params, split, evaluation_starts(split), 4, tokenizer=byte_tokenizer())
     assert result.bits_per_byte == pytest.approx(naive.sum() / math.log(2) / n_bytes, rel=1e-6)

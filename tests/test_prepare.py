@@ -747,6 +747,8 @@ def test_text_without_gpt2s_files_says_so_and_makes_no_folder(tmp_path):
         (["shakespeare", "--input=a", "--input=b"], "shakespeare takes one input, not 2"),
         (["text", "--input=x", "--name=../a"], "--name='../a' is not a plain folder name"),
         (["text", "--input=x", "--name=.."], "--name='..' is not a plain folder name"),
+        (["text", "--input=x", "--name=a:1"], "--name='a:1' is not a plain folder name"),
+        (["text", "--input=x", "--name=a,b"], "--name='a,b' is not a plain folder name"),
         (["pystdlib", "--input=x"], "pystdlib takes no input='x'"),
         (["shakespeare", "--tokenizer=char"], "shakespeare takes no tokenizer='char'"),
     ],

@@ -8,14 +8,16 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from gpt_jax.config import TrainConfig
-from gpt_jax.data import batch_starts, open_split
+from gpt_jax.data import Split, batch_starts
 from gpt_jax.errors import UserError
+from gpt_jax.integrity.token_file import open_file
 from gpt_jax.prepare import prepare
 from gpt_jax.runtime import processes
 
@@ -236,19 +238,25 @@ sys.exit(train.main())
 
 
 def test_a_thousand_batches_are_the_same_however_many_processes_read_them(start):
-    """C10: each reads the rows of its own devices; together they are those of one."""
+    """C10: each reads the rows of its own devices; together they are those of one.
+
+    Of a mixture of two files, of which one is read twice as often as the other.
+    """
     program = Path("program.py")
     program.write_text("""
 import sys
 import jax, numpy as np
+from dataclasses import replace
 from pathlib import Path
 from gpt_jax.config import TrainConfig, parse
-from gpt_jax.data import Split, batches, open_split
+from gpt_jax.data import Split, batches
+from gpt_jax.integrity.token_file import open_file
 from gpt_jax.runtime import connected
 from gpt_jax.sharding import batch_sharding, make_mesh
 
 with connected(parse(sys.argv[1:]), ""):
-    split = open_split(Path("data/text"), "train", 96, "uint16", 8)
+    files = [open_file(Path("data/text", name), "uint16") for name in ("train.bin", "val.bin")]
+    split = Split((files[0], replace(files[1], part=1)), 96, 8, (0, 0, 1))
     stream = batches(split, (2, 8), 1337, 0, batch_sharding(make_mesh(), 3))
     rows = []
     for _ in range(1000):
@@ -259,7 +267,8 @@ with connected(parse(sys.argv[1:]), ""):
     for n in (2, 4):
         assert [code for code, _, _ in ends(start(n, program, *TINY))] == [0] * n
         read = np.concatenate([np.load(f"rows{i}.npy") for i in range(n)], axis=2)
-        split = open_split(Path("data/text"), "train", 96, "uint16", 8)
+        files = [open_file(Path("data/text", name), "uint16") for name in ("train.bin", "val.bin")]
+        split = Split((files[0], replace(files[1], part=1)), 96, 8, (0, 0, 1))
         for step in range(1000):
             np.testing.assert_array_equal(
                 read[step], split.windows(batch_starts(split, (2, 8), 1337, step))

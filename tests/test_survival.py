@@ -17,7 +17,7 @@ from test_end_to_end import work as work
 
 import train
 from gpt_jax import checkpoint, load
-from gpt_jax import data as data_module
+from gpt_jax.integrity import token_file
 from gpt_jax.runtime import Stop
 
 ROOT = Path(__file__).parents[1]
@@ -204,14 +204,14 @@ def test_a_loss_that_is_no_number_is_never_the_best(monkeypatch):  # C22
 @pytest.mark.parametrize("eval_interval", [100, 6])  # noticed in training, in an evaluation
 def test_data_replaced_under_a_run_end_it_saved_and_named(eval_interval, monkeypatch, capsys):
     assert run(train, monkeypatch, *TINY, "--out_dir=whole") == 0
-    stamp, batches, changed = data_module.stamp, train.batches, []
+    stamp, batches, changed = token_file.stamp, train.batches, []
 
     def until_the_fifth(*args):
         for n, batch in enumerate(batches(*args)):
             changed.extend([True] * (n == 5))
             yield batch
 
-    monkeypatch.setattr(data_module, "stamp", lambda path: () if changed else stamp(path))
+    monkeypatch.setattr(token_file, "stamp", lambda path: () if changed else stamp(path))
     monkeypatch.setattr(train, "batches", until_the_fifth)
     assert run(train, monkeypatch, *TINY, f"--eval_interval={eval_interval}") == 2
     error = capsys.readouterr().err

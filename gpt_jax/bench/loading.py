@@ -22,7 +22,8 @@ from gpt_jax.bench.measure import (
     spread,
     training,
 )
-from gpt_jax.data import batches, open_split
+from gpt_jax.data import Split, batches
+from gpt_jax.integrity.token_file import open_file
 from gpt_jax.sharding import batch_sharding
 
 N_TOKENS = 2**26  # of the made-up file: 128 MiB, and never the same window twice in a bench
@@ -35,8 +36,10 @@ def loader(config: LoaderBench) -> list[dict[str, Any]]:
     dtype = "uint16" if config.vocab_size <= 2**16 else "uint32"
     with tempfile.TemporaryDirectory() as folder, memory_told(config):
         path = Path(folder) / "train.bin"
-        random_split(config, max(N_TOKENS, 2 * config.block_size)).tokens.astype(dtype).tofile(path)
-        split = open_split(path.parent, "train", config.vocab_size, dtype, config.block_size)
+        random_split(config, max(N_TOKENS, 2 * config.block_size)).files[0].tokens.astype(
+            dtype
+        ).tofile(path)
+        split = Split((open_file(path, dtype),), config.vocab_size, config.block_size)
         loaded: Any = batches(split, t.shape, config.seed, 0, batch_sharding(t.mesh, 3))
         sources = {"resident": itertools.repeat(t.batch), "loader": loaded}
         seconds: dict[str, list[float]] = {name: [] for name in sources}

@@ -18,6 +18,7 @@ from gpt_jax.bench.config import BenchConfig
 from gpt_jax.config import TrainConfig
 from gpt_jax.data import Split, place
 from gpt_jax.errors import RunError
+from gpt_jax.integrity.token_file import TokenFile
 from gpt_jax.metrics import flops_per_token
 from gpt_jax.model import GPT, count_params
 from gpt_jax.optimizer import make_optimizer
@@ -98,7 +99,8 @@ def network(config: BenchConfig) -> GPT:
 def random_split(config: BenchConfig, n: int) -> Split:
     """Return n random tokens, as data.py gives those of a file."""
     tokens = np.random.default_rng(config.seed).integers(config.vocab_size, size=n, dtype=np.uint32)
-    return Split(Path("random tokens"), tokens, config.vocab_size, config.block_size)
+    file = TokenFile(Path("random tokens"), tokens)
+    return Split((file,), config.vocab_size, config.block_size)
 
 
 def random_batch(config: BenchConfig, mesh: Mesh, A: int, B: int) -> tuple[jax.Array, jax.Array]:

@@ -2,6 +2,7 @@
 
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from gpt_jax.evaluation import Evaluation, evaluate, make_eval_step
 from gpt_jax.interop import nanogpt_checkpoint
 from gpt_jax.prepare.checked import open_checked
 from gpt_jax.prepare.dataset import for_dataset
+from gpt_jax.prepare.mixture import sets_of
 from gpt_jax.pretrained import load, load_run
 from gpt_jax.runtime import connected, use_platform
 from gpt_jax.sharding import make_mesh
@@ -23,7 +25,7 @@ class EvalConfig(LoadConfig):
     """Measure the loss of a trained GPT over whole splits."""
 
     command = "python -m gpt_jax.evaluate"
-    dataset: str = key("", "folder of the data inside data_dir; '': the run's own", "Data")
+    dataset: str = key("", "in data_dir: a; a:0.7,b:0.3; a,b by size; '': the run's", "Data")
     split: str = key("val", "what to measure", choices="val|train|all")
     batch_size: int = key(32, "sequences of a forward pass", at_least=1)
 
@@ -57,18 +59,43 @@ def measure(config: EvalConfig) -> None:
             theirs = nanogpt_checkpoint.read(config.init_from)
             dataset = dataset or nanogpt_checkpoint.dataset_of(theirs)
             print(f"{theirs.path}, iteration {theirs.iter_num}, on {dataset}", file=sys.stderr)
-    folder = Path(config.data_dir) / (dataset or "openwebtext")
-    _, _, dtype = for_dataset(folder)
+    dataset = dataset or "openwebtext"
+    shares = sets_of(dataset)
+    dtypes = {name: for_dataset(Path(config.data_dir, name))[2] for name in shares}
     eval_step = make_eval_step(model, mesh)
-    for name in ("train", "val") if config.split == "all" else (config.split,):
-        split = open_checked(folder, name, model.config.vocab_size, dtype, model.config.block_size)
-        starts = evaluation_starts(split)
-        result = evaluate(eval_step, params, split, starts, config.batch_size, mesh, tokenizer)
-        bits = "n/a" if result.bits_per_byte is None else f"{result.bits_per_byte:.4f}"
-        print(
-            f"{name} loss {result.loss:.4f} nats/token, perplexity {perplexity(result):.3f}, "
-            f"{bits} bits/byte, {result.tokens:,} tokens"
-        )
+    vocab_size, block_size = model.config.vocab_size, model.config.block_size
+    for split_name in ("train", "val") if config.split == "all" else (config.split,):
+        results = []
+        for name, dtype in dtypes.items():
+            folder = Path(config.data_dir, name)
+            split = open_checked(folder, split_name, vocab_size, dtype, block_size)
+            starts = evaluation_starts(split)
+            result = evaluate(eval_step, params, split, starts, config.batch_size, mesh, tokenizer)
+            results.append(result)
+            print(line(split_name, result) + (f" of {name}" if len(shares) > 1 else ""))
+        if len(shares) > 1:
+            weights = [
+                float(share or r.tokens) for share, r in zip(shares.values(), results, strict=True)
+            ]
+            print(line(split_name, mean(results, weights)) + f" of {dataset}")
+
+
+def mean(results: Sequence[Evaluation], weights: Sequence[float]) -> Evaluation:
+    """Return what a mixture's tokens cost, drawn from each set by its weight."""
+    nats = [weight * r.loss for weight, r in zip(weights, results, strict=True)]
+    # of each set its bytes a token; the natural logarithm of 2 cancels
+    n_bytes = [x / r.bits_per_byte for x, r in zip(nats, results, strict=True) if r.bits_per_byte]
+    bits_per_byte = sum(nats) / sum(n_bytes) if len(n_bytes) == len(results) else None
+    return Evaluation(sum(nats) / sum(weights), sum(r.tokens for r in results), bits_per_byte)
+
+
+def line(name: str, result: Evaluation) -> str:
+    """Return the line that is printed of a split."""
+    bits = "n/a" if result.bits_per_byte is None else f"{result.bits_per_byte:.4f}"
+    return (
+        f"{name} loss {result.loss:.4f} nats/token, perplexity {perplexity(result):.3f}, "
+        f"{bits} bits/byte, {result.tokens:,} tokens"
+    )
 
 
 def perplexity(result: Evaluation) -> float:

@@ -16,6 +16,7 @@ from gpt_jax.plan.remedies import Remedy, remedies, shared_rows
 from gpt_jax.plan.report import written
 from gpt_jax.plan.topology import Target, attention_for, describe_topology
 from gpt_jax.prepare.dataset import GPT2_VOCAB_SIZE, for_dataset
+from gpt_jax.prepare.mixture import sets_of
 from gpt_jax.pretrained import product_dtype
 from gpt_jax.reporting import describe
 from gpt_jax.reporting.peak import peak_flops
@@ -166,7 +167,7 @@ def network(config: PlanConfig, target: Target) -> GPTConfig:
     """Return the network that train.py would train on the target's devices."""
     vocab_size = config.vocab_size or GPT2_VOCAB_SIZE
     if not config.vocab_size and prepared(config):
-        vocab_size = for_dataset(Path(config.data_dir) / config.dataset)[1]
+        vocab_size = for_dataset(folder_of(config))[1]
     here = config.topology == "local"
     dtype = "bfloat16" if config.dtype == "auto" and not here else product_dtype(config.dtype)
     # vocab_size is a key here, where train.py takes it from the data
@@ -177,8 +178,13 @@ def network(config: PlanConfig, target: Target) -> GPTConfig:
 
 def prepared(config: PlanConfig) -> bool:
     """Return whether the data set's folder says what its vocabulary is."""
-    folder = Path(config.data_dir) / config.dataset
+    folder = folder_of(config)
     return any((folder / name).exists() for name in ("meta.json", "meta.pkl"))
+
+
+def folder_of(config: PlanConfig) -> Path:
+    """Return the folder of the data set, of a mixture that of the first: their ids are the same."""
+    return Path(config.data_dir) / next(iter(sets_of(config.dataset)))
 
 
 def verified(

@@ -12,6 +12,7 @@ from pathlib import Path
 from gpt_jax.errors import UserError
 from gpt_jax.prepare import pystdlib, shakespeare, text
 from gpt_jax.prepare.files import Corpus, Stream, write
+from gpt_jax.prepare.shards import named as files_of
 
 SETS = {
     "pystdlib": "Python's own library, found on this machine: byte level, no download",
@@ -116,7 +117,7 @@ def command_for(name: str) -> str:
 
 def prepare_on_first_use(name: str, folder: Path, log: Callable[[str], None] = print) -> None:
     """Make a small named data set where there is none yet; for any other say which command does."""
-    if (folder / "val.bin").exists():  # written last
+    if files_of(folder, "val"):  # written last
         return
     if name in SMALL:
         write(folder, _small(name, folder, None, log), log, first_use=True)

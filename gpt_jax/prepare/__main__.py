@@ -95,9 +95,10 @@ def main(argv: list[str]) -> None:
     if name not in SETS:
         raise UserError(f"unknown data set {name!r}, {_near(name, SETS)}")
     data_dir, dataset = values.pop("data_dir", "data"), values.pop("name", name)
-    if Path(dataset).name != dataset or dataset == "..":
+    if Path(dataset).name != dataset or dataset == ".." or set(dataset) & set(":,"):
         raise UserError(
-            f"--name={dataset!r} is not a plain folder name: use --data_dir= for a path"
+            f"--name={dataset!r} is not a plain folder name: use --data_dir= for a path, and no "
+            "':' or ',', which --dataset= mixes data sets by"
         )
     for flag, kind in (("val_share", float), ("workers", int)):
         if flag in values:

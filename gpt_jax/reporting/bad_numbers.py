@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from gpt_jax.config import TrainConfig
-from gpt_jax.data import Split, batch_starts, place
+from gpt_jax.data import Split, batch_starts, locate, place
 from gpt_jax.model import GPT
 from gpt_jax.sharding import batch_sharding, total_loss
 from gpt_jax.train_step import TrainState
@@ -31,8 +31,9 @@ def why(
         loss, gradients = examine(model, mesh, state, split, micro_batch, iteration, index)
         if not np.isfinite(loss):
             for row in bad_rows(model, mesh, state, split, micro_batch):
-                first = micro_batch[row]
-                tokens = f"tokens {first} to {first + split.block_size} of {split.path}"
+                file, first = locate(micro_batch[row], split.lengths)
+                path = split.files[int(file)].path
+                tokens = f"tokens {first} to {first + split.block_size} of {path}"
                 reasons.append(f"loss: micro-batch {index}, row {row}: {tokens}")
         reasons += [f"gradient: micro-batch {index}, {place}" for place in gradients]
         if len(reasons) >= SHOWN:
