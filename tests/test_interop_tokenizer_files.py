@@ -245,6 +245,8 @@ def made_encoding(pattern, seed=0):
         if token not in ranks and len(token) < 9:
             ranks[token] = len(ranks)
             pool.append(token)
+    ranks[b"zqxw"] = 700  # which no two tokens make
+    ranks = dict(draw.sample([*ranks.items()], len(ranks)))
     special = {"<|fim|>": 703, END_OF_TEXT: 705}
     return tiktoken.Encoding("made", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
 
@@ -270,6 +272,12 @@ def test_a_tiktoken_encoding_exports_to_the_same_ids(encoded, text):
         assert exported.encode(text).ids == again.encode(text) == ids
         assert tokenizer.decode(ids) == text == exported.decode(ids, skip_special_tokens=False)
         assert again.encode_ordinary(text) == tokenizer.encode_ordinary(text)
+
+
+def test_a_word_that_no_two_tokens_make_is_one_id_as_in_tiktoken(encoded):
+    tokenizer, exported, again = encoded
+    assert tokenizer.encode("zqxw a") == exported.encode("zqxw a").ids == again.encode("zqxw a")
+    assert tokenizer.encode("zqxw")[0] == 700
 
 
 def test_a_tiktoken_encoding_read_back_has_its_sizes(encoded):
