@@ -1,0 +1,233 @@
+"""Causal attention with dropout: probabilities, and what drops of them, exist in registers alone.
+
+Scores are made a block at a time, forward and again backward, as in FlashAttention (Dao et al.
+2022; Dao 2023). Whether a probability is dropped is a function of a seed and of its place, so that
+both passes find the same, and nothing of T x T elements is ever in memory.
+"""
+
+import math
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental import pallas as pl
+
+from gpt_jax.kernels import launch, power_of_2, triton
+
+BLOCK = 64  # queries, and keys, whose scores a program has at once
+STAGES = 2  # blocks that are on their way from memory or worked on
+LOG2E = 1.4426950408889634
+
+
+def can(q: Array) -> bool:
+    """Return whether the kernels take q (B, T, H, D): Triton's arrays are powers of two."""
+    return q.shape[-1] in (16, 32, 64, 128)
+
+
+def attention(q: Array, k: Array, v: Array, rate: float, key: Any) -> Array:
+    """Return causal attention with dropout; q, k, v and the result are (B, T, H, D).
+
+    It is gpt_jax.attention.reference's, with sums in float32 and another mask, ``kept``'s.
+    """
+    # all of a Threefry key; of the longer kinds of key, a half that is as good as the whole
+    return fused(q, k, v, jax.random.key_data(key)[-2:], rate)
+
+
+# ---- what is dropped ----
+
+
+def kept(seed: Array, heads: int, T: int, rate: float) -> Array:
+    """Return the mask (heads, T, T) of the probabilities that stay; seed is uint32 (2,)."""
+    words = words_of(seed[0], seed[1], jnp.arange(heads)[:, None, None])
+    return stays(words, jnp.arange(T)[:, None], jnp.arange(T)[None], rate)
+
+
+def words_of(first: Array, second: Array, head: Array) -> tuple[Array, Array]:
+    """Return two words for a head, which no other head has of the same seed."""
+    word = mixed(first ^ head.astype(jnp.uint32))
+    return mixed(word ^ second), word
+
+
+def stays(words: tuple[Array, Array], row: Array, column: Array, rate: float) -> Array:
+    """Return whether the probability at (row, column) of the words' head is kept.
+
+    It is dropped where its number is less than ``rate``'s share of 2**32. The numbers of a row all
+    differ, and each is as likely as any other: a rate is exact to 2**-32. They are ``mixed`` of a
+    counter, without what ``mixed`` does last: that leaves the bits that decide as they are.
+    """
+    first, second = words
+    # golden steps lead from row to row: no two places of a head have the same counter
+    x = first + row.astype(jnp.uint32) * jnp.uint32(0x9E3779B9) + column.astype(jnp.uint32)
+    x = (x ^ x >> 16) * jnp.uint32(0x7FEB352D)
+    x = (x ^ x >> 15 ^ second) * jnp.uint32(0x846CA68B)
+    return x >= jnp.uint32(int(rate * 2**32))
+
+
+def mixed(x: Array) -> Array:
+    """Return a word of which each bit depends on all of x's, one to one (lowbias32, C. Wellons)."""
+    x = (x ^ x >> 16) * jnp.uint32(0x7FEB352D)
+    x = (x ^ x >> 15) * jnp.uint32(0x846CA68B)
+    return x ^ x >> 16
+
+
+# ---- the kernels: a program for each block of rows of each head ----
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def fused(q: Array, k: Array, v: Array, seed: Array, rate: float) -> Array:
+    """Return causal attention (B, T, H, D), its probabilities those in ``kept``, scaled up.
+
+    Head h of row b is head b * H + h of the seed, uint32 (2,).
+    """
+    return forward(q, k, v, seed, rate)[0]
+
+
+def forward(q: Array, k: Array, v: Array, seed: Array, rate: float) -> Any:
+    """Return the result, and for the backward pass the base-2 logarithms of softmax's sums."""
+    B, T, H, D = q.shape
+    block = block_of(T)
+
+    def kernel(q_ref, k_ref, v_ref, seed_ref, out_ref, sums_ref):
+        i, h, b = place = [pl.program_id(axis) for axis in range(3)]
+        words = words_of(seed_ref[0], seed_ref[1], b * H + h)
+        q = read(q_ref, *place)
+        row = rows(i, block)[:, None]
+
+        def add(j, carry):
+            out, most, total = carry
+            column = rows(j, block)[None]
+            scores = dot(q, read(k_ref, j, h, b).T) * (LOG2E / math.sqrt(D))
+            scores = jnp.where(row >= column, scores, -jnp.inf)
+            more = jnp.maximum(most, scores.max(1))
+            p = jnp.exp2(scores - more[:, None])
+            shrunk = jnp.exp2(most - more)
+            total = total * shrunk + p.sum(1)
+            p = jnp.where(stays(words, row, column, rate), p, 0).astype(q.dtype)
+            return out * shrunk[:, None] + dot(p, read(v_ref, j, h, b)), more, total
+
+        zeros = jnp.zeros((block, D), jnp.float32), jnp.zeros(block, jnp.float32)
+        start = zeros[0], zeros[1] - jnp.inf, zeros[1]
+        out, most, total = jax.lax.fori_loop(0, i + 1, add, start)
+        write(out_ref, *place, out / (total * (1 - rate))[:, None])
+        write(sums_ref, *place, most + jnp.log2(total))
+
+    sums = jax.ShapeDtypeStruct((B, T, H), jnp.float32)
+    out, sums = launch(
+        kernel,
+        warps=warps(D),
+        stages=STAGES,
+        grid=(pl.cdiv(T, block), H, B),
+        out_shape=[jax.ShapeDtypeStruct(q.shape, q.dtype), sums],
+        name="attention",
+    )(q, k, v, seed)
+    return out, (q, k, v, seed, out, sums)
+
+
+def backward(rate: float, kept: Any, gradient: Array) -> Any:
+    """Return the gradients of q, k and v.
+
+    A program makes those of its block of keys, for which it looks at all later queries, and that of
+    its block of queries, for which it looks at all earlier keys: all programs have as much to do.
+    """
+    q, k, v, seed, out, sums = kept
+    B, T, H, D = q.shape
+    block = block_of(T)
+    scale, dtype = 1 / math.sqrt(D), q.dtype
+    # of each row, the sum of its probabilities times their gradients
+    down = (gradient.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
+
+    def kernel(q_ref, k_ref, v_ref, seed_ref, g_ref, sums_ref, down_ref, dq_ref, dk_ref, dv_ref):
+        i, h, b = place = [pl.program_id(axis) for axis in range(3)]
+        words = words_of(seed_ref[0], seed_ref[1], b * H + h)
+
+        def gradients(scores, dp, sums, down, row, column):
+            """Return the probabilities after dropout, and the gradient of the scores."""
+            stay = stays(words, row, column, rate)
+            p = jnp.where(row >= column, jnp.exp2(scores * (LOG2E * scale) - sums), 0)
+            ds = p * (jnp.where(stay, dp, 0) / (1 - rate) - down)
+            return jnp.where(stay, p, 0).astype(dtype), ds.astype(dtype)
+
+        zeros = jnp.zeros((block, D), jnp.float32)
+        k, v = read(k_ref, *place), read(v_ref, *place)
+        column = rows(i, block)[:, None]  # scores lie the other way round here, for the products
+
+        def add_queries(j, carry):
+            dk, dv = carry
+            q, g = read(q_ref, j, h, b), read(g_ref, j, h, b)
+            sums, down = read(sums_ref, j, h, b)[None], read(down_ref, j, h, b)[None]
+            row = rows(j, block)[None]
+            p, ds = gradients(dot(k, q.T), dot(v, g.T), sums, down, row, column)
+            return dk + dot(ds, q), dv + dot(p, g)
+
+        dk, dv = jax.lax.fori_loop(i, pl.cdiv(T, block), add_queries, (zeros, zeros))
+        write(dk_ref, *place, dk * scale)
+        write(dv_ref, *place, dv / (1 - rate))
+
+        q, g = read(q_ref, *place), read(g_ref, *place)
+        sums, down = read(sums_ref, *place)[:, None], read(down_ref, *place)[:, None]
+        row = rows(i, block)[:, None]
+
+        def add_keys(j, dq):
+            k, v = read(k_ref, j, h, b), read(v_ref, j, h, b)
+            column = rows(j, block)[None]
+            _, ds = gradients(dot(q, k.T), dot(g, v.T), sums, down, row, column)
+            return dq + dot(ds, k)
+
+        write(dq_ref, *place, jax.lax.fori_loop(0, i + 1, add_keys, zeros) * scale)
+
+    like = jax.ShapeDtypeStruct(q.shape, q.dtype)
+    dq, dk, dv = launch(
+        kernel,
+        warps=warps(D),
+        stages=STAGES,
+        grid=(pl.cdiv(T, block), H, B),
+        out_shape=[like] * 3,
+        name="attention_backward",
+    )(q, k, v, seed, gradient, sums, down)
+    return dq, dk, dv, None
+
+
+fused.defvjp(forward, backward)
+
+
+def block_of(T: int) -> int:
+    """Return the rows of a block: those there are, at least 16, which is what a product takes."""
+    return max(16, min(BLOCK, power_of_2(T)))
+
+
+def warps(D: int) -> int:
+    """Return a program's warps: its sums must fit their registers."""
+    return 4 if D <= 64 else 8
+
+
+def rows(i: Array, block: int) -> Array:
+    """Return the positions in block i."""
+    return i * block + jnp.arange(block)
+
+
+def read(ref: Any, i: Array, h: Array, b: Array) -> Array:
+    """Return block i of a head of (B, T, H, ...), with zeros for what is beyond T."""
+    at, mask = within(ref, i, h, b)
+    return triton.load(at, mask=mask, other=None if mask is None else 0)
+
+
+def write(ref: Any, i: Array, h: Array, b: Array, x: Array) -> None:
+    """Write block i of a head, but for what is beyond T."""
+    at, mask = within(ref, i, h, b)
+    triton.store(at, x.astype(ref.dtype), mask=mask)
+
+
+def within(ref: Any, i: Array, h: Array, b: Array) -> Any:
+    """Return block i of a head of (B, T, H, ...), and which of it there is, or None for all."""
+    T = ref.shape[1]
+    block = block_of(T)
+    here = (rows(i, block) < T).reshape(block, *[1] * (len(ref.shape) - 3)) if T % block else None
+    return ref.at[b, pl.ds(i * block, block), h], here
+
+
+def dot(a: Array, b: Array) -> Array:
+    """Return a b, summed in float32."""
+    exact = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return jnp.dot(a, b, precision=exact, preferred_element_type=jnp.float32)
