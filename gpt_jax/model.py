@@ -133,7 +133,8 @@ class CausalSelfAttention(nn.Module):
             y = cached_attention(q, k, v, positions)
         else:
             key = self.make_rng("dropout") if rate else None
-            y = attention(q, k, v, backend=c.attention, dropout=rate, key=key)
+            how = {"backend": c.attention, "kernels": c.kernels}
+            y = attention(q, k, v, **how, dropout=rate, key=key)
         std = 0.02 / math.sqrt(2 * c.n_layer)
         y = Linear(c, heads, (c.n_embd,), std, name="c_proj")(y)
         return dropped(self, y, deterministic), cache

@@ -14,62 +14,24 @@ import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
 
-from gpt_jax.kernels import launch, power_of_2, triton
+from gpt_jax.kernels import dropout, launch, power_of_2, triton, use
 
 BLOCK = 64  # queries, and keys, whose scores a program has at once
 STAGES = 2  # blocks that are on their way from memory or worked on
 LOG2E = 1.4426950408889634
 
 
-def can(q: Array) -> bool:
-    """Return whether the kernels take q (B, T, H, D): Triton's arrays are powers of two."""
-    return q.shape[-1] in (16, 32, 64, 128)
+def can(q: Array, kernels: str) -> bool:
+    """Return whether a config's ``kernels`` means these, for q (B, T, H, D) of this head size."""
+    return q.shape[-1] in (16, 32, 64, 128) and use(kernels, q.dtype)
 
 
 def attention(q: Array, k: Array, v: Array, rate: float, key: Any) -> Array:
     """Return causal attention with dropout; q, k, v and the result are (B, T, H, D).
 
-    It is gpt_jax.attention.reference's, with sums in float32 and another mask, ``kept``'s.
+    It is gpt_jax.attention.reference's, of the same mask, with sums in float32.
     """
-    # all of a Threefry key; of the longer kinds of key, a half that is as good as the whole
-    return fused(q, k, v, jax.random.key_data(key)[-2:], rate)
-
-
-# ---- what is dropped ----
-
-
-def kept(seed: Array, heads: int, T: int, rate: float) -> Array:
-    """Return the mask (heads, T, T) of the probabilities that stay; seed is uint32 (2,)."""
-    words = words_of(seed[0], seed[1], jnp.arange(heads)[:, None, None])
-    return stays(words, jnp.arange(T)[:, None], jnp.arange(T)[None], rate)
-
-
-def words_of(first: Array, second: Array, head: Array) -> tuple[Array, Array]:
-    """Return two words for a head, which no other head has of the same seed."""
-    word = mixed(first ^ head.astype(jnp.uint32))
-    return mixed(word ^ second), word
-
-
-def stays(words: tuple[Array, Array], row: Array, column: Array, rate: float) -> Array:
-    """Return whether the probability at (row, column) of the words' head is kept.
-
-    It is dropped where its number is less than ``rate``'s share of 2**32. The numbers of a row all
-    differ, and each is as likely as any other: a rate is exact to 2**-32. They are ``mixed`` of a
-    counter, without what ``mixed`` does last: that leaves the bits that decide as they are.
-    """
-    first, second = words
-    # golden steps lead from row to row: no two places of a head have the same counter
-    x = first + row.astype(jnp.uint32) * jnp.uint32(0x9E3779B9) + column.astype(jnp.uint32)
-    x = (x ^ x >> 16) * jnp.uint32(0x7FEB352D)
-    x = (x ^ x >> 15 ^ second) * jnp.uint32(0x846CA68B)
-    return x >= jnp.uint32(int(rate * 2**32))
-
-
-def mixed(x: Array) -> Array:
-    """Return a word of which each bit depends on all of x's, one to one (lowbias32, C. Wellons)."""
-    x = (x ^ x >> 16) * jnp.uint32(0x7FEB352D)
-    x = (x ^ x >> 15) * jnp.uint32(0x846CA68B)
-    return x ^ x >> 16
+    return fused(q, k, v, dropout.seed_of(key), rate)
 
 
 # ---- the kernels: a program for each block of rows of each head ----
@@ -77,10 +39,7 @@ def mixed(x: Array) -> Array:
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
 def fused(q: Array, k: Array, v: Array, seed: Array, rate: float) -> Array:
-    """Return causal attention (B, T, H, D), its probabilities those in ``kept``, scaled up.
-
-    Head h of row b is head b * H + h of the seed, uint32 (2,).
-    """
+    """Return causal attention (B, T, H, D) with dropout by a seed, uint32 (2,)."""
     return forward(q, k, v, seed, rate)[0]
 
 
@@ -91,7 +50,7 @@ def forward(q: Array, k: Array, v: Array, seed: Array, rate: float) -> Any:
 
     def kernel(q_ref, k_ref, v_ref, seed_ref, out_ref, sums_ref):
         i, h, b = place = [pl.program_id(axis) for axis in range(3)]
-        words = words_of(seed_ref[0], seed_ref[1], b * H + h)
+        stays = mask_of(seed_ref, b * H + h, T, rate)
         q = read(q_ref, *place)
         row = rows(i, block)[:, None]
 
@@ -104,7 +63,7 @@ def forward(q: Array, k: Array, v: Array, seed: Array, rate: float) -> Any:
             p = jnp.exp2(scores - more[:, None])
             shrunk = jnp.exp2(most - more)
             total = total * shrunk + p.sum(1)
-            p = jnp.where(stays(words, row, column, rate), p, 0).astype(q.dtype)
+            p = jnp.where(stays(row, column), p, 0).astype(q.dtype)
             return out * shrunk[:, None] + dot(p, read(v_ref, j, h, b)), more, total
 
         zeros = jnp.zeros((block, D), jnp.float32), jnp.zeros(block, jnp.float32)
@@ -140,11 +99,11 @@ def backward(rate: float, kept: Any, gradient: Array) -> Any:
 
     def kernel(q_ref, k_ref, v_ref, seed_ref, g_ref, sums_ref, down_ref, dq_ref, dk_ref, dv_ref):
         i, h, b = place = [pl.program_id(axis) for axis in range(3)]
-        words = words_of(seed_ref[0], seed_ref[1], b * H + h)
+        stays = mask_of(seed_ref, b * H + h, T, rate)
 
         def gradients(scores, dp, sums, down, row, column):
             """Return the probabilities after dropout, and the gradient of the scores."""
-            stay = stays(words, row, column, rate)
+            stay = stays(row, column)
             p = jnp.where(row >= column, jnp.exp2(scores * (LOG2E * scale) - sums), 0)
             ds = p * (jnp.where(stay, dp, 0) / (1 - rate) - down)
             return jnp.where(stay, p, 0).astype(dtype), ds.astype(dtype)
@@ -190,6 +149,20 @@ def backward(rate: float, kept: Any, gradient: Array) -> Any:
 
 
 fused.defvjp(forward, backward)
+
+
+def mask_of(seed_ref: Any, head: Array, T: int, rate: float) -> Any:
+    """Return a function of rows and columns: ``dropout.kept``'s mask (B, H, T, T) of one head."""
+    golden, head = jnp.uint32(dropout.GOLDEN), head.astype(jnp.uint32)
+    first = seed_ref[0] + head * jnp.uint32(T * T * dropout.GOLDEN % 2**32)
+    second = seed_ref[1] + head * golden
+
+    def stays(row: Array, column: Array) -> Array:
+        row, column = row.astype(jnp.uint32), column.astype(jnp.uint32)
+        row = first + row * jnp.uint32(T * dropout.GOLDEN % 2**32)
+        return dropout.stays(row + column * golden, second, rate)
+
+    return stays
 
 
 def block_of(T: int) -> int:
