@@ -69,7 +69,7 @@ def forward(q: Array, k: Array, v: Array, seed: Array, rate: float) -> Any:
         zeros = jnp.zeros((block, D), jnp.float32), jnp.zeros(block, jnp.float32)
         start = zeros[0], zeros[1] - jnp.inf, zeros[1]
         out, most, total = jax.lax.fori_loop(0, i + 1, add, start)
-        write(out_ref, *place, out / (total * (1 - rate))[:, None])
+        write(out_ref, *place, out * (1 / (total * (1 - rate)))[:, None])
         write(sums_ref, *place, most + jnp.log2(total))
 
     sums = jax.ShapeDtypeStruct((B, T, H), jnp.float32)
@@ -105,7 +105,7 @@ def backward(rate: float, kept: Any, gradient: Array) -> Any:
             """Return the probabilities after dropout, and the gradient of the scores."""
             stay = stays(row, column)
             p = jnp.where(row >= column, jnp.exp2(scores * (LOG2E * scale) - sums), 0)
-            ds = p * (jnp.where(stay, dp, 0) / (1 - rate) - down)
+            ds = p * (jnp.where(stay, dp, 0) * (1 / (1 - rate)) - down)
             return jnp.where(stay, p, 0).astype(dtype), ds.astype(dtype)
 
         zeros = jnp.zeros((block, D), jnp.float32)
@@ -122,7 +122,7 @@ def backward(rate: float, kept: Any, gradient: Array) -> Any:
 
         dk, dv = jax.lax.fori_loop(i, pl.cdiv(T, block), add_queries, (zeros, zeros))
         write(dk_ref, *place, dk * scale)
-        write(dv_ref, *place, dv / (1 - rate))
+        write(dv_ref, *place, dv * (1 / (1 - rate)))
 
         q, g = read(q_ref, *place), read(g_ref, *place)
         sums, down = read(sums_ref, *place)[:, None], read(down_ref, *place)[:, None]
