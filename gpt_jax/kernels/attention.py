@@ -49,9 +49,9 @@ def forward(q: Array, k: Array, v: Array, seed: Array, rate: float) -> Any:
     block = block_of(T)
 
     def kernel(q_ref, k_ref, v_ref, seed_ref, out_ref, sums_ref):
-        i, h, b = place = [pl.program_id(axis) for axis in range(3)]
+        i, h, b = [pl.program_id(axis) for axis in range(3)]
         stays = mask_of(seed_ref, b * H + h, T, rate)
-        q = read(q_ref, *place)
+        q = read(q_ref, i, h, b)
         row = rows(i, block)[:, None]
 
         def add(j, carry):
@@ -69,8 +69,8 @@ def forward(q: Array, k: Array, v: Array, seed: Array, rate: float) -> Any:
         zeros = jnp.zeros((block, D), jnp.float32), jnp.zeros(block, jnp.float32)
         start = zeros[0], zeros[1] - jnp.inf, zeros[1]
         out, most, total = jax.lax.fori_loop(0, i + 1, add, start)
-        write(out_ref, *place, out * (1 / (total * (1 - rate)))[:, None])
-        write(sums_ref, *place, most + jnp.log2(total))
+        write(out_ref, i, h, b, out * (1 / (total * (1 - rate)))[:, None])
+        write(sums_ref, i, h, b, most + jnp.log2(total))
 
     sums = jax.ShapeDtypeStruct((B, T, H), jnp.float32)
     out, sums = launch(
@@ -98,7 +98,7 @@ def backward(rate: float, kept: Any, gradient: Array) -> Any:
     down = (gradient.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
 
     def kernel(q_ref, k_ref, v_ref, seed_ref, g_ref, sums_ref, down_ref, dq_ref, dk_ref, dv_ref):
-        i, h, b = place = [pl.program_id(axis) for axis in range(3)]
+        i, h, b = [pl.program_id(axis) for axis in range(3)]
         stays = mask_of(seed_ref, b * H + h, T, rate)
 
         def gradients(scores, dp, sums, down, row, column):
@@ -109,7 +109,7 @@ def backward(rate: float, kept: Any, gradient: Array) -> Any:
             return jnp.where(stay, p, 0).astype(dtype), ds.astype(dtype)
 
         zeros = jnp.zeros((block, D), jnp.float32)
-        k, v = read(k_ref, *place), read(v_ref, *place)
+        k, v = read(k_ref, i, h, b), read(v_ref, i, h, b)
         column = rows(i, block)[:, None]  # scores lie the other way round here, for the products
 
         def add_queries(j, carry):
@@ -121,11 +121,11 @@ def backward(rate: float, kept: Any, gradient: Array) -> Any:
             return dk + dot(ds, q), dv + dot(p, g)
 
         dk, dv = jax.lax.fori_loop(i, pl.cdiv(T, block), add_queries, (zeros, zeros))
-        write(dk_ref, *place, dk * scale)
-        write(dv_ref, *place, dv * (1 / (1 - rate)))
+        write(dk_ref, i, h, b, dk * scale)
+        write(dv_ref, i, h, b, dv * (1 / (1 - rate)))
 
-        q, g = read(q_ref, *place), read(g_ref, *place)
-        sums, down = read(sums_ref, *place)[:, None], read(down_ref, *place)[:, None]
+        q, g = read(q_ref, i, h, b), read(g_ref, i, h, b)
+        sums, down = read(sums_ref, i, h, b)[:, None], read(down_ref, i, h, b)[:, None]
         row = rows(i, block)[:, None]
 
         def add_keys(j, dq):
@@ -134,7 +134,7 @@ def backward(rate: float, kept: Any, gradient: Array) -> Any:
             _, ds = gradients(dot(q, k.T), dot(g, v.T), sums, down, row, column)
             return dq + dot(ds, k)
 
-        write(dq_ref, *place, jax.lax.fori_loop(0, i + 1, add_keys, zeros) * scale)
+        write(dq_ref, i, h, b, jax.lax.fori_loop(0, i + 1, add_keys, zeros) * scale)
 
     like = jax.ShapeDtypeStruct(q.shape, q.dtype)
     dq, dk, dv = launch(

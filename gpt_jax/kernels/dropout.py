@@ -24,7 +24,7 @@ def kept(key: Any, shape: tuple[int, ...], rate: float) -> Array:
 
     Two elements drop independently of each other, whatever their places or keys.
     """
-    *outer, T, C = shape
+    outer = shape[:-2]
     first, second = seed_of(key)
     place = jax.lax.iota(jnp.uint32, math.prod(shape)).reshape(shape)
     part = jax.lax.iota(jnp.uint32, math.prod(outer)).reshape(*outer, 1, 1)
