@@ -17,7 +17,6 @@ from jax.experimental import pallas as pl
 from gpt_jax.kernels import dropout, launch, power_of_2, triton, use
 
 BLOCK = 64  # queries, and keys, whose scores a program has at once
-STAGES = 2  # blocks that are on their way from memory or worked on
 LOG2E = 1.4426950408889634
 
 
@@ -72,11 +71,10 @@ def forward(q: Array, k: Array, v: Array, seed: Array, rate: float) -> Any:
         write(out_ref, i, h, b, out * (1 / (total * (1 - rate)))[:, None])
         write(sums_ref, i, h, b, most + jnp.log2(total))
 
-    sums = jax.ShapeDtypeStruct((B, T, H), jnp.float32)
+    sums = jax.ShapeDtypeStruct((B, H, T), jnp.float32)
     out, sums = launch(
         kernel,
-        warps=warps(D),
-        stages=STAGES,
+        **shape_of(D),
         grid=(pl.cdiv(T, block), H, B),
         out_shape=[jax.ShapeDtypeStruct(q.shape, q.dtype), sums],
         name="attention",
@@ -95,7 +93,7 @@ def backward(rate: float, kept: Any, gradient: Array) -> Any:
     block = block_of(T)
     scale, dtype = 1 / math.sqrt(D), q.dtype
     # of each row, the sum of its probabilities times their gradients
-    down = (gradient.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
+    down = (gradient.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1).swapaxes(1, 2)
 
     def kernel(q_ref, k_ref, v_ref, seed_ref, g_ref, sums_ref, down_ref, dq_ref, dk_ref, dv_ref):
         i, h, b = [pl.program_id(axis) for axis in range(3)]
@@ -139,8 +137,7 @@ def backward(rate: float, kept: Any, gradient: Array) -> Any:
     like = jax.ShapeDtypeStruct(q.shape, q.dtype)
     dq, dk, dv = launch(
         kernel,
-        warps=warps(D),
-        stages=STAGES,
+        **shape_of(D),
         grid=(pl.cdiv(T, block), H, B),
         out_shape=[like] * 3,
         name="attention_backward",
@@ -170,9 +167,13 @@ def block_of(T: int) -> int:
     return max(16, min(BLOCK, power_of_2(T)))
 
 
-def warps(D: int) -> int:
-    """Return a program's warps: its sums must fit their registers."""
-    return 4 if D <= 64 else 8
+def shape_of(D: int) -> dict[str, int]:
+    """Return a program's warps, whose registers hold its sums, and its stages of loads.
+
+    With three stages one block is worked on while the next is loaded. Larger blocks get two: 99 KB
+    of shared memory is all that most GPUs have for a program.
+    """
+    return {"warps": 4, "stages": 3} if D <= 64 else {"warps": 8, "stages": 2}
 
 
 def rows(i: Array, block: int) -> Array:
@@ -181,7 +182,7 @@ def rows(i: Array, block: int) -> Array:
 
 
 def read(ref: Any, i: Array, h: Array, b: Array) -> Array:
-    """Return block i of a head of (B, T, H, ...), with zeros for what is beyond T."""
+    """Return block i of a head of (B, T, H, D) or (B, H, T), with zeros for what is beyond T."""
     at, mask = within(ref, i, h, b)
     return triton.load(at, mask=mask, other=None if mask is None else 0)
 
@@ -193,11 +194,14 @@ def write(ref: Any, i: Array, h: Array, b: Array, x: Array) -> None:
 
 
 def within(ref: Any, i: Array, h: Array, b: Array) -> Any:
-    """Return block i of a head of (B, T, H, ...), and which of it there is, or None for all."""
-    T = ref.shape[1]
+    """Return block i of a head, and which of it there is, or None where all is."""
+    sums = len(ref.shape) == 3
+    T = ref.shape[2 if sums else 1]
     block = block_of(T)
-    here = (rows(i, block) < T).reshape(block, *[1] * (len(ref.shape) - 3)) if T % block else None
-    return ref.at[b, pl.ds(i * block, block), h], here
+    here = rows(i, block) < T if T % block else None
+    if sums:
+        return ref.at[b, h, pl.ds(i * block, block)], here
+    return ref.at[b, pl.ds(i * block, block), h], None if here is None else here[:, None]
 
 
 def dot(a: Array, b: Array) -> Array:
