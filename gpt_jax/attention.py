@@ -7,12 +7,13 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from gpt_jax import kernels
 from gpt_jax.errors import UserError
+from gpt_jax.kernels import attention as ours
+from gpt_jax.kernels import cudnn_can, dropout
 
 
 def attention(
-    q: Array, k: Array, v: Array, *, backend: str = "auto", dropout: float = 0.0, key: Any = None
+    q: Array, k: Array, v: Array, *, backend="auto", kernels="auto", dropout=0.0, key: Any = None
 ) -> Array:
     """Return softmax(q k^T / sqrt(D), causal) v; q, k, v and the result are (B, T, H, D).
 
@@ -20,8 +21,10 @@ def attention(
     backend cannot do what is asked: none may quietly do something else.
     Vaswani et al. 2017, "Attention Is All You Need".
     """
+    if backend == "auto" and dropout and ours.can(q, kernels):
+        return ours.attention(q, k, v, dropout, key)
     if backend == "auto":
-        backend = "cudnn" if kernels.cudnn_can(q, dropout) else "reference"
+        backend = "cudnn" if cudnn_can(q, dropout) else "reference"
     if backend == "reference":
         return reference(q, k, v, causal_mask(q.shape[1]), dropout, key)
     if dropout:
@@ -29,7 +32,7 @@ def attention(
             f"attention={backend} has no dropout (dropout={dropout}): "
             "use --attention=auto or --dropout=0"
         )
-    if backend == "cudnn" and not kernels.cudnn_can(q, dropout):
+    if backend == "cudnn" and not cudnn_can(q, dropout):
         raise UserError(
             "attention=cudnn needs an NVIDIA GPU, bfloat16 or float16 and a head size that is a "
             f"multiple of 8 up to 128, not {jax.default_backend()}, {q.dtype}, {q.shape[-1]}: "
@@ -54,17 +57,9 @@ def reference(
 def drop(x: Array, rate: float, key: Any) -> Array:
     """Return x (..., T, C), 0 with probability ``rate``, the rest scaled up so that the mean stays.
 
-    Srivastava et al. 2014, "Dropout". To make random bits is most of the work, so four rows share
-    a word, and each reads it from another byte on: a rate is exact to 2**-32, and of two elements
-    that share a word only one in 256 is decided by a byte that the other has too.
+    Srivastava et al. 2014, "Dropout".
     """
-    *outer, T, C = x.shape
-    parts = (*outer, 4, -(-T // 4), C)  # XLA fuses what splits T better than what splits C
-    # the barrier keeps XLA from making each word four times over
-    words = jax.lax.optimization_barrier(jax.random.bits(key, (*outer, 1, *parts[-2:])))
-    first = 8 * jax.lax.broadcasted_iota(jnp.uint32, parts, x.ndim - 2)
-    numbers = (words << first | words >> 32 - first).reshape(*outer, -1, C)[..., :T, :]
-    return jnp.where(numbers < jnp.uint32(int(rate * 2**32)), 0, x / (1 - rate))
+    return jnp.where(dropout.kept(key, x.shape, rate), x / (1 - rate), 0)
 
 
 def cached_attention(q: Array, k: Array, v: Array, positions: Array) -> Array:

@@ -108,35 +108,36 @@ class Embedding(nn.Module):
         return jnp.asarray(self.weight)[ids]  # numpy cannot be indexed by a traced array
 
 
-def dropped(module: Any, x: Array, deterministic: bool) -> Array:
-    """Return x with dropout by a module's own config and key, or as it is."""
-    rate = 0.0 if deterministic else module.config.dropout
-    return drop(x, rate, module.make_rng("dropout")) if rate else x
+def dropped(x: Array, rate: float, key: Any) -> Array:
+    """Return x with dropout, or as it is where there is no key."""
+    return x if key is None else drop(x, rate, key)
 
 
 class CausalSelfAttention(nn.Module):
-    """Multi-head attention; with a cache, the new positions also see the cached ones."""
+    """Multi-head attention; with a cache, the new positions also see the cached ones.
+
+    Of two keys, the probabilities drop by one and the output by the other.
+    """
 
     config: GPTConfig
 
     @nn.compact
-    def __call__(self, x: list[Array], positions: Array, cache: Cache | None, deterministic: bool):
+    def __call__(self, x: list[Array], positions: Array, cache: Cache | None, keys: list):
         c = self.config
         heads = (c.n_head, c.n_embd // c.n_head)
         # (C, 3, H, D) keeps q, k and v of a head together, so that heads can be sharded
         q, k, v = Linear(c, (c.n_embd,), (3, *heads), parts=3, name="c_attn")(x)  # (B, T, H, D)
-        rate = 0.0 if deterministic else c.dropout
         if cache is not None:
             rows = jnp.arange(len(q))[:, None]
             k, v = cache.k.at[rows, positions].set(k), cache.v.at[rows, positions].set(v)
             cache = Cache(k, v)
             y = cached_attention(q, k, v, positions)
         else:
-            key = self.make_rng("dropout") if rate else None
-            y = attention(q, k, v, backend=c.attention, dropout=rate, key=key)
+            how = {} if keys[0] is None else {"dropout": c.dropout, "key": keys[0]}
+            y = attention(q, k, v, backend=c.attention, kernels=c.kernels, **how)
         std = 0.02 / math.sqrt(2 * c.n_layer)
         y = Linear(c, heads, (c.n_embd,), std, name="c_proj")(y)
-        return dropped(self, y, deterministic), cache
+        return dropped(y, c.dropout, keys[1]), cache
 
 
 class MLP(nn.Module):
@@ -145,28 +146,31 @@ class MLP(nn.Module):
     config: GPTConfig
 
     @nn.compact
-    def __call__(self, x: Array, deterministic: bool) -> Array:
+    def __call__(self, x: Array, key: Any) -> Array:
         c = self.config
         x = Linear(c, (c.n_embd,), (4 * c.n_embd,), name="c_fc")(x)
         x = gelu(x, approximate=c.activation == "gelu_tanh")
         std = 0.02 / math.sqrt(2 * c.n_layer)
         x = Linear(c, (4 * c.n_embd,), (c.n_embd,), std, name="c_proj")(x)
-        return dropped(self, x, deterministic)
+        return dropped(x, c.dropout, key)
 
 
 class Block(nn.Module):
-    """x += attention(norm(x)); x += mlp(norm(x)); x is the residual stream."""
+    """x += attention(norm(x)); x += mlp(norm(x)); x is the residual stream.
+
+    ``keys`` are those of a layer's three dropouts, or three None for none.
+    """
 
     config: GPTConfig
 
     @nn.compact
-    def __call__(self, x: Array, cache: Cache | None, positions: Array, deterministic: bool):
+    def __call__(self, x: Array, cache: Cache | None, keys: list, positions: Array):
         c = self.config
         uses = 3 if c.matmul_dtype == "auto" else 1  # q, k and v; in 8 bits they are one product
         x, *normed = LayerNorm(c, uses, name="ln_1")(x)
-        y, cache = CausalSelfAttention(c, name="attn")(normed, positions, cache, deterministic)
+        y, cache = CausalSelfAttention(c, name="attn")(normed, positions, cache, keys[:2])
         x, normed = LayerNorm(c, name="ln_2")(x, y)
-        return x + MLP(c, name="mlp")(normed, deterministic), cache
+        return x + MLP(c, name="mlp")(normed, keys[2]), cache
 
 
 class GPT(nn.Module):
@@ -182,14 +186,14 @@ class GPT(nn.Module):
             policy = keep if c.remat == "dots" else None
             # inside an unrolled loop XLA would merge the recomputation away if it were let to
             prevent_cse = not c.scan_layers
-            block = nn.remat(Block, policy=policy, prevent_cse=prevent_cse, static_argnums=(4,))
+            block = nn.remat(Block, policy=policy, prevent_cse=prevent_cse)
         self.wte = Embedding(c, c.vocab_size)
         self.wpe = Embedding(c, c.block_size)
         self.h = nn.scan(
             block,
             variable_axes={"params": 0},  # every weight of a layer gets a leading L
-            split_rngs={"params": True, "dropout": True},
-            in_axes=(0, nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]
+            split_rngs={"params": True},
+            in_axes=(0, 0, nn.broadcast),  # pyright: ignore[reportArgumentType]
             length=c.n_layer,
             unroll=1 if c.scan_layers else c.n_layer,
         )(c)
@@ -204,10 +208,15 @@ class GPT(nn.Module):
             )
         if positions is None:
             positions = jnp.arange(tokens.shape[1])[None]
-        x = dropped(self, self.wte(tokens) + self.wpe(positions), deterministic)
+        c, key, keys = self.config, None, [None] * 3
+        if c.dropout and not deterministic:
+            # all at once: one made of another takes a kernel of its own on a GPU
+            keys = jax.random.split(self.make_rng("dropout"), 1 + 3 * c.n_layer)
+            key, keys = keys[0], list(keys[1:].reshape(3, -1))
+        x = dropped(self.wte(tokens) + self.wpe(positions), c.dropout, key)
         # the residual stream: float16's range would not suffice
-        x = x.astype("bfloat16" if self.config.dtype == "bfloat16" else "float32")
-        x, cache = self.h(x, cache, positions, deterministic)
+        x = x.astype("bfloat16" if c.dtype == "bfloat16" else "float32")
+        x, cache = self.h(x, cache, keys, positions)
         return self.ln_f(x)[1], cache
 
     def __call__(self, tokens: Array, deterministic: bool = True) -> Array:
