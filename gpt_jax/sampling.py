@@ -56,7 +56,7 @@ def next_token(logits: Array, keys: Array, rule: Rule, n_tokens=0, fused=False) 
     in a kernel where there is one for the rule.
     """
     V, k = logits.shape[-1], rule.top_k
-    if fused and rule.temperature > 0 and 0 < k < V and rule.top_p == 1:
+    if fused and rule.temperature > 0 and 0 < k < V and rule.top_p == 1 and kernels.can_draw(keys):
         return kernels.draw_top_k(logits, keys, rule.temperature, k, n_tokens)
     if n_tokens:
         logits = jnp.where(jnp.arange(V)[None] < n_tokens, logits, -jnp.inf)

@@ -13,11 +13,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.experimental import pallas as pl
 
 from gpt_jax.config import GPTConfig
-from gpt_jax.kernels import launch, power_of_2, triton, use
+from gpt_jax.kernels import barrier, launch, power_of_2, triton, use
 from gpt_jax.kernels.gelu import gelu
 from gpt_jax.model import Cache
 
@@ -26,6 +27,12 @@ PROGRAMS = 264  # of a grid, at least: two for each of Hopper's multiprocessors,
 TILE = 32768  # weights of a program, all asked for at once: 64 KB in flight
 SLOTS = 128  # of the cache, read at once
 SPLITS = 8  # programs that share a row's slots of a head, at most
+DRAWN = 32  # logits of a tile
+TOGETHER = 32  # tiles of a program that finds their maxima
+STEPS = 32  # values tried at once on the way to the k-th largest
+SEARCHED = 8192  # logits of tiles with candidates, looked at once
+CANDIDATES = 1024  # that are drawn from at once
+DRAW_WARPS = 16
 
 
 class Layer(NamedTuple):
@@ -356,42 +363,147 @@ def attend_kernel(positions, qkv, k_in, v_in, sums, maxima, weights, k_out, v_ou
 # ---- sampling ----
 
 
+def can_draw(keys: Array) -> bool:
+    """Return whether ``noise`` is that of these keys, as JAX is set: by default it is."""
+    c: Any = jax.config
+    threefry = str(jax.random.key_impl(keys)) == "threefry2x32" and c.jax_threefry_partitionable
+    return threefry and not c.jax_high_dynamic_range_gumbel
+
+
 def draw_top_k(logits: Array, keys: Array, temperature: float, k: int, n_tokens: int = 0) -> Array:
     """Return sampling.next_token's tokens, int32 (B,), for a rule of a temperature and a top-k.
 
-    logits are (B, V), keys (B,). The noise is jax.random's own; the rest is one kernel, a program a
-    row, which keeps the row in its registers and does not sort. Argmax of logits + Gumbel noise
-    draws from the softmax: jax.random.categorical, with its bits. The best of all is the best of
-    the k likeliest if it is one of them, which a count of those above it tells. If it is not, then
-    nor is anything below it, and the best of what is above is looked at next.
+    logits are (B, V), keys (B,). Argmax of logits + Gumbel noise draws from the softmax: this is
+    jax.random.categorical, with its bits. Nothing is sorted, and noise is made for a few: a value
+    that k maxima of tiles reach is no higher than the k-th largest logit. What reaches it, little
+    more than k, are the candidates. The best of them is the best of the k likeliest if it is one of
+    those, which a count of the logits above it tells. If it is not, then nor is any below it, and
+    the best of what is above is looked at next.
     """
     B, V = logits.shape
-    noise = jax.vmap(lambda key: jax.random.gumbel(key, (V,)))(keys)
-    width = power_of_2(V)
+    tiles, settings = pl.cdiv(V, DRAWN), {"temperature": temperature, "known": n_tokens or V}
+    maxima = launch(
+        partial(maxima_kernel, **settings),
+        grid=(pl.cdiv(tiles, TOGETHER), B),
+        out_shape=jax.ShapeDtypeStruct((B, tiles), jnp.float32),
+        warps=4,
+        name="maxima",
+    )(logits)
+    shapes = [(B,), (B, tiles + 1), (B, V + 1)]
     return launch(
-        partial(draw_kernel, temperature=temperature, k=k, known=n_tokens or V, width=width),
+        partial(draw_kernel, k=k, **settings),
         grid=(B,),
-        out_shape=jax.ShapeDtypeStruct((B,), jnp.int32),
-        warps=32 if width > 2**14 else 8,
+        out_shape=[jax.ShapeDtypeStruct(shape, jnp.int32) for shape in shapes],
+        warps=DRAW_WARPS,
         name="draw_top_k",
-    )(logits, noise)
+    )(logits, maxima, jax.random.key_data(keys))[0]
 
 
-def draw_kernel(logits, noise, out, *, temperature, k, known, width):
-    """Draw one row's token."""
-    row, V = pl.program_id(0), logits.shape[1]
-    places = jnp.arange(width)
-    x = triton.load(logits.at[row, places], mask=places < V, other=0).astype(jnp.float32)
-    x = jnp.where(places < known, x / temperature, -jnp.inf)
-    score = x + triton.load(noise.at[row, places], mask=places < V, other=0)
+def load_logits(logits, row, places, there, temperature):
+    """Return float32 logits / temperature of a row; where there are none, the lowest."""
+    x = triton.load(logits.at[row, places], mask=there, other=0).astype(jnp.float32)
+    return jnp.where(there, x / temperature, -jnp.inf)
+
+
+def maxima_kernel(logits, maxima, *, temperature, known):
+    """Find the largest logit of each of TOGETHER tiles."""
+    row, numbers = pl.program_id(1), pl.program_id(0) * TOGETHER + jnp.arange(TOGETHER)
+    places = numbers[:, None] * DRAWN + jnp.arange(DRAWN)[None, :]
+    x = load_logits(logits, row, places, places < known, temperature)
+    triton.store(maxima.at[row, numbers], x.max(1), mask=numbers < maxima.shape[1])
+
+
+def draw_kernel(logits, maxima, keys, out, live, places, *, temperature, k, known):
+    """Draw one row's token; ``live`` lists the tiles with candidates, ``places`` the candidates."""
+    row, (_, tiles), V = pl.program_id(0), maxima.shape, logits.shape[1]
+    key = keys[row, 0], keys[row, 1]
+    numbers = jnp.arange(power_of_2(tiles))
+    tops = triton.load(maxima.at[row, numbers], mask=numbers < tiles, other=-jnp.inf)
+    least = reached_by(tops, k)
+    n_live = append(live, row, 0, numbers, (tops >= least) & (numbers < tiles))
+    barrier()
+
+    def search(i, n):
+        slots = i * SEARCHED + jnp.arange(SEARCHED)
+        tile = slots // DRAWN
+        tile = triton.load(live.at[row, tile], mask=tile < n_live, other=V)
+        place = tile * DRAWN + slots % DRAWN
+        x = load_logits(logits, row, place, place < known, temperature)
+        return append(places, row, n, place, (x >= least) & (place < known))
+
+    n = jax.lax.fori_loop(0, pl.cdiv(n_live * DRAWN, SEARCHED), search, jnp.int32(0))
+    barrier()
+    parts = pl.cdiv(n, CANDIDATES)  # one, but for ties, few tiles or a large k
+
+    def part(i):
+        slots = i * CANDIDATES + jnp.arange(CANDIDATES)
+        place = triton.load(places.at[row, slots], mask=slots < n, other=V)
+        return place, load_logits(logits, row, place, slots < n, temperature)
 
     def best_above(carry):
         _, below, _ = carry
-        left = jnp.where(x > below, score, -jnp.inf)
-        best = jnp.where(left == left.max(), places, width).min()
-        value = jnp.where(places == best, x, -jnp.inf).max()
-        return best, value, (x > value).astype(jnp.int32).sum()
+
+        def best(i, carry):
+            highest, best, value = carry
+            place, x = part(i)
+            score = jnp.where(x > below, x + noise(key, place), -jnp.inf)
+            top = score.max()
+            first = jnp.where(score == top, place, V).min()
+            its = jnp.where(place == first, x, -jnp.inf).max()
+            better = top > highest
+            return tuple(
+                jnp.where(better, new, old)
+                for new, old in ((top, highest), (first, best), (its, value))
+            )
+
+        lowest = jnp.float32(-jnp.inf)
+        _, best, value = jax.lax.fori_loop(0, parts, best, (lowest, jnp.int32(V), lowest))
+        above = jax.lax.fori_loop(
+            0, parts, lambda i, n: n + (part(i)[1] > value).astype(jnp.int32).sum(), jnp.int32(0)
+        )
+        return best, value, above
 
     start = (jnp.int32(0), jnp.float32(-jnp.inf), jnp.int32(k))
     best, _, _ = jax.lax.while_loop(lambda carry: carry[2] >= k, best_above, start)
     out[row] = jnp.where(best < V, best, 0)  # of NaNs, as argmax takes them
+
+
+def reached_by(x, k):
+    """Return a value that k or more of x reach, and as few more as two looks can tell."""
+    low, width = jnp.where(x > -jnp.inf, x, jnp.inf).min(), x.max()
+    width -= low
+    for _ in range(2):
+        steps = low + width / STEPS * jnp.arange(STEPS).astype(jnp.float32)
+        enough = (x[None, :] >= steps[:, None]).astype(jnp.int32).sum(1) >= k
+        low, width = jnp.where(enough, steps, low).max(), width / STEPS
+    return jnp.where((x >= low).astype(jnp.int32).sum() >= k, low, -jnp.inf)
+
+
+def append(array, row, n, values, chosen):
+    """Write the chosen values behind the n that are there, in order; return how many are now."""
+    up_to = jnp.cumsum(chosen.astype(jnp.int32))
+    # interpreted, what is masked is written back: to the last slot, which nothing else uses
+    slots = jnp.where(chosen, n + up_to - 1, array.shape[1] - 1)
+    triton.store(array.at[row, slots], values, mask=chosen)
+    return n + up_to.max()
+
+
+def noise(key, places):
+    """Return jax.random.gumbel's numbers at places of a row: Threefry-2x32, 20 rounds.
+
+    Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
+    """
+    keys = [*key, key[0] ^ key[1] ^ np.uint32(0x1BD11BDA)]
+    a, b = (
+        jnp.full_like(places, 0).astype(jnp.uint32) + keys[0],
+        places.astype(jnp.uint32) + keys[1],
+    )
+    for i in range(5):
+        for turn in ((13, 15, 26, 6), (17, 29, 16, 24))[i % 2]:
+            a = a + b
+            b = a ^ (b << np.uint32(turn) | b >> np.uint32(32 - turn))
+        a, b = a + keys[(i + 1) % 3], b + keys[(i + 2) % 3] + np.uint32(i + 1)
+    # 23 bits as a float from 1 to 2, less 1
+    bits = (a ^ b) >> np.uint32(9) | np.uint32(0x3F800000)
+    uniform = jax.lax.bitcast_convert_type(bits, jnp.float32) - 1
+    return -jnp.log(-jnp.log(jnp.maximum(uniform, jnp.finfo(jnp.float32).tiny)))
