@@ -109,7 +109,7 @@ def decode(model: GPT, params: Any, state: Decoding, steps: Array, rule: Rule) -
     nanoGPT's crop, and gives the text it gives.
     """
     c, room, weights = model.config, state.tokens.shape[1], state.weights
-    rows, S = jnp.arange(state.tokens.shape[0]), c.block_size
+    S = c.block_size
     read: Any = partial(model.apply, {"params": params}, method="next_logits")
     step = partial(kernels.next_logits, c, params, weights) if weights else read
 
@@ -124,11 +124,10 @@ def decode(model: GPT, params: Any, state: Decoding, steps: Array, rule: Rule) -
         tokens, lengths, done, logits, cache, keys, _ = carry
         new_keys, on = jax.vmap(jax.random.fold_in)(keys, lengths), goes_on(carry, most)
         token = next_token(logits, new_keys, rule, c.n_tokens, weights is not None)
-        slot = jnp.where(on, lengths, room)  # outside: dropped
-        tokens = tokens.at[rows, slot].set(token, mode="drop")
+        here = on[:, None] & (jnp.arange(room)[None] == lengths[:, None])
+        tokens = jnp.where(here, token[:, None], tokens)
         lengths += on
-        for stop in rule.stop_tokens:
-            done |= on & (token == stop)
+        done |= on & (token[:, None] == np.array(rule.stop_tokens, np.int32)[None]).any(1)
         logits, cache = forward(tokens, lengths, cache)
         return Decoding(tokens, lengths, done, logits, cache, keys, None)
 

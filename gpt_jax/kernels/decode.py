@@ -1,10 +1,11 @@
 """Decoding on one NVIDIA GPU: one new position of each row, in few kernels that read little.
 
-A new token of one row costs what its bytes cost: every weight is read once. So the weights are laid
-out once, in 16 bits and a row for each output, and a layer is five kernels: LayerNorm and c_attn;
-attention, which writes its key and value into the cache in place; c_proj and the residual;
-LayerNorm, c_fc and GELU; c_proj and the residual. Another draws the token. With more than ``FEW``
-rows the products are XLA's.
+A new token of a few rows costs what its bytes cost: every weight is read once. So the weights are
+laid out once, in 16 bits and a row for each output. Up to ``FEW`` rows go through all layers in one
+kernel, whose programs wait for each other where a layer of its own kernels would end and start one:
+after LayerNorm and c_attn; attention, which writes its key and value into the cache in place;
+c_proj and the residual; LayerNorm, c_fc and GELU; c_proj and the residual. More rows go layer by
+layer, and the products are XLA's. The head is one kernel, and two draw the token.
 """
 
 import math
@@ -22,7 +23,7 @@ from gpt_jax.kernels import barrier, launch, meet, power_of_2, programs_at_once,
 from gpt_jax.kernels.gelu import gelu
 from gpt_jax.model import Cache
 
-ONE_KERNEL = True  # whether few rows go through all layers in one kernel
+ONE_KERNEL = True  # for few rows; False: five kernels a layer
 FEW = 4  # rows up to which a product is bound by reading its weight, and not by arithmetic
 PROGRAMS = 264  # of a grid, at least: two for each of Hopper's multiprocessors, all must read
 TILE = 32768  # weights of a program, all asked for at once: 64 KB in flight
