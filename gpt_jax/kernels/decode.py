@@ -259,11 +259,8 @@ def linear_kernel(weight, *refs, inputs, given, width, height, activation):
     bias = load_some(bias, (), rows, inside)
     for b in range(x[0].shape[0]):
         more = load_some(residual, (b,), rows, inside)
-        y = (
-            join_parts(x, (), b, columns, real)
-            if inputs == 3
-            else load_some(x[0], (b,), columns, real)
-        )
+        read = partial(join_parts, x, (), b) if inputs == 3 else partial(load_some, x[0], (b,))
+        y = read(columns, real)
         y = normed(y.astype(jnp.float32), real, K, scale, shift).astype(weight.dtype)
         y = (tile * y.astype(jnp.float32)[None, :]).sum(1)
         y = finished(y, bias, activation, more, weight.dtype)
@@ -275,7 +272,7 @@ def load_some(ref, at, places, there) -> Any:
     return None if ref is None else triton.load(ref.at[*at, places], mask=there, other=0)
 
 
-def normed(y, real, K, scale, shift):
+def normed(y: Any, real, K, scale, shift) -> Any:
     """Return LayerNorm of a vector of K, or the vector where there is no scale."""
     if scale is None:
         return y
@@ -292,7 +289,7 @@ def finished(y, bias, activation, residual, dtype):
     return y.astype(dtype) if residual is None else y + residual
 
 
-def join_parts(parts, at, b, columns, real):
+def join_parts(parts, at, b, columns, real) -> Any:
     """Return ``joined`` of row b, inside a kernel."""
     sums, maxima, weights = parts
     *_, n, C = sums.shape
@@ -454,7 +451,7 @@ def layers_kernel(tokens, positions, wte, wpe, *refs, tree, programs, share, act
         meet(arrived, times * programs)
 
     def layer(i, done):
-        ask = partial(ask_for_share, i, program, programs)
+        ask: Any = partial(ask_for_share, i, program, programs)
 
         def attend_once(turn, done):
             item = program + turn * programs
@@ -502,7 +499,7 @@ def layers_kernel(tokens, positions, wte, wpe, *refs, tree, programs, share, act
     jax.lax.fori_loop(0, L, layer, 0)
 
 
-def ask_for_share(layer, program, programs, weight, bias, norm=(None, None)):
+def ask_for_share(layer, program, programs, weight, bias, norm=(None, None)) -> Any:
     """Load one of ``programs`` shares of a layer's weight; return its product with what is read.
 
     Should it be too much to hold, the rest is loaded by and by.
