@@ -7,19 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental import pallas as pl
 
 from gpt_jax import GPT, GPTConfig
-from gpt_jax.kernels import launch, triton
 from gpt_jax.kernels.decode import (
-    Layer,
-    ask_for_share,
     attend,
     can_decode,
     can_draw,
     joined,
     linear,
-    load_some,
     next_logits,
     noise,
     plain_linear,
@@ -52,21 +47,16 @@ def cache_of(config, B, seed=50):
     return Cache(*(normal(seed + i, *shape).astype(config.dtype) for i in range(2)))
 
 
-@pytest.mark.parametrize(
-    ("B", "one"),  # all layers in one kernel; in five a layer; and with XLA's products
-    [(1, True), (3, True), (3, False), (6, False)],
-)
+@pytest.mark.parametrize("B", [1, 3, 6])  # 6: with XLA's products
 @pytest.mark.parametrize(("bias", "activation"), [(True, "gelu"), (False, "gelu_tanh")])
-def test_a_step_through_the_kernels_is_the_networks_own(B, one, bias, activation, monkeypatch):
+def test_a_step_through_the_kernels_is_the_networks_own(B, bias, activation):
     """Logits within 1e-4 in float32; rows at different positions, one in the last slot."""
-    monkeypatch.setattr("gpt_jax.kernels.decode.ONE_KERNEL", one)
     config = replace(CONFIG, bias=bias, activation=activation)
     params, cache = params_of(config), cache_of(config, B)
     tokens = jnp.arange(B, dtype=jnp.int32) + 7
     positions = jnp.array([299, 0, 130, 128, 5, 127], jnp.int32)[:B]
     inputs = tokens[:, None], jnp.zeros(B, jnp.int32), positions[:, None]
     weights, layers = prepare(config, params, cache)
-    assert isinstance(weights.layers, Layer) == one
     ours, (k, v) = jax.jit(next_logits, static_argnums=0)(config, params, weights, *inputs, layers)
     theirs, expected = network(config, params)(*inputs, cache)
     np.testing.assert_allclose(ours, theirs, atol=1e-4 * float(jnp.abs(theirs).max()))
@@ -103,33 +93,6 @@ def test_a_product_in_one_kernel_is_the_plain_one(B, shape):
     for case in cases:
         ours, plain = linear(x, weight, **case), plain_linear(x, weight, **case)
         np.testing.assert_allclose(ours, plain, rtol=1e-4, atol=1e-3)
-
-
-@pytest.mark.parametrize(("programs", "held"), [(1, 16384), (7, 16384), (7, 256), (300, 256)])
-def test_programs_share_a_product_between_them(programs, held, monkeypatch):
-    """In one piece or several, where some get less than others, or nothing."""
-    monkeypatch.setattr("gpt_jax.kernels.decode.HELD", held)
-    B, N, K = 2, 50, 96
-    x, weight, bias = normal(1, B, K), normal(2, 3, N, K), normal(3, 3, N)
-    scale, shift, residual = normal(4, 3, K), normal(5, 3, K), normal(6, B, N)
-
-    def kernel(weight, bias, scale, shift, x, residual, out):
-        def read(ref):
-            return lambda b, places, there: load_some(ref, (b,), places, there)
-
-        def store(b, rows, there, y):
-            triton.store(out.at[b, rows], y, mask=there)
-
-        layer, program = jnp.int32(1), pl.program_id(0)
-        product = ask_for_share(layer, program, programs, weight, bias, (scale, shift))
-        product(B, read(x), store, "tanh", read(residual))
-
-    shared = launch(
-        kernel, grid=(programs,), out_shape=jax.ShapeDtypeStruct((B, N), jnp.float32), warps=4
-    )(weight, bias, scale, shift, x, residual)
-    norm = scale[1], shift[1]
-    plain = plain_linear(x, weight[1], bias[1], norm, "tanh", residual)
-    np.testing.assert_allclose(shared, plain, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("B", [1, 5, 400])  # 3, 3 and 1 programs share a row's slots

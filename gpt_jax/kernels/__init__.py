@@ -94,41 +94,6 @@ def barrier() -> None:
         triton.debug_barrier()
 
 
-def programs_at_once() -> int:
-    """Return how many programs of four warps are sure to run side by side.
-
-    Two on each multiprocessor: 128 threads have at most 255 registers each, so that two programs
-    find room whatever the compiler does. Interpreted, one: they would run one after the other.
-    """
-    return 1 if no_gpu() else 2 * multiprocessors()
-
-
-def multiprocessors() -> int:
-    """Return how many multiprocessors the GPU has, or the share of it that is ours."""
-    return jax.devices()[0].core_count
-
-
-def meet(arrived: Any, count: Any) -> None:
-    """Let all programs of a grid wait for each other: what one has stored all can load.
-
-    ``arrived``, int32 (1,), counts them; ``count`` is what it comes to. All have to be there at
-    once (``programs_at_once``), or those that are wait for ever. The count is added to with release
-    and acquire semantics: no thread then finds in its cache what was there before. Interpreted, a
-    grid that meets has one program.
-    """
-    if no_gpu():
-        return
-    barrier()
-    first = jnp.int32(0)
-    seen = triton.atomic_add(arrived, (first,), jnp.int32(1)) + 1
-    jax.lax.while_loop(
-        lambda seen: seen < count,
-        lambda _: triton.atomic_add(arrived, (first,), jnp.int32(0)),
-        seen,
-    )
-    barrier()
-
-
 def no_gpu() -> bool:
     """Return whether what is traced now will run on something else than a GPU."""
     return jax.default_backend() != "gpu"

@@ -1,11 +1,10 @@
 """Decoding on one NVIDIA GPU: one new position of each row, in few kernels that read little.
 
 A new token of a few rows costs what its bytes cost: every weight is read once. So the weights are
-laid out once, in 16 bits and a row for each output. Up to ``FEW`` rows go through all layers in one
-kernel, whose programs wait for each other where a layer of its own kernels would end and start one:
-after LayerNorm and c_attn; attention, which writes its key and value into the cache in place;
-c_proj and the residual; LayerNorm, c_fc and GELU; c_proj and the residual. More rows go layer by
-layer, and the products are XLA's. The head is one kernel, and two draw the token.
+laid out once, in 16 bits and a row for each output, and a layer is five kernels: LayerNorm and
+c_attn; attention, which writes its key and value into the cache in place; c_proj and the residual;
+LayerNorm, c_fc and GELU; c_proj and the residual. The head is one kernel, and two draw the token.
+With more than ``FEW`` rows the products are XLA's.
 """
 
 import math
@@ -19,17 +18,15 @@ from jax import Array
 from jax.experimental import pallas as pl
 
 from gpt_jax.config import GPTConfig
-from gpt_jax.kernels import barrier, launch, meet, power_of_2, programs_at_once, triton, use
+from gpt_jax.kernels import barrier, launch, power_of_2, triton, use
 from gpt_jax.kernels.gelu import gelu
 from gpt_jax.model import Cache
 
-ONE_KERNEL = True  # for few rows; False: five kernels a layer
 FEW = 4  # rows up to which a product is bound by reading its weight, and not by arithmetic
 PROGRAMS = 264  # of a grid, at least: two for each of Hopper's multiprocessors, all must read
 TILE = 32768  # weights of a program, all asked for at once: 64 KB in flight
 SLOTS = 128  # of the cache, read at once
 SPLITS = 8  # programs that share a row's slots of a head, at most
-HELD = 16384  # weights that a program of all_layers holds while it waits: 64 registers a thread
 DRAWN = 32  # logits of a tile
 TOGETHER = 32  # tiles of a program that finds their maxima
 STEPS = 32  # values tried at once on the way to the k-th largest
@@ -52,7 +49,7 @@ class Layer(NamedTuple):
 class Weights(NamedTuple):
     """What a decoding step reads in place of params: the layers, and wte in 16 bits."""
 
-    layers: tuple[Layer, ...] | Layer  # one by one, or stacked
+    layers: tuple[Layer, ...]
     head: Array
 
 
@@ -88,23 +85,6 @@ def lay_out(config: GPTConfig, params: Any) -> Weights:
     return Weights(layers, params["wte"]["weight"].astype(config.dtype))
 
 
-def stack(config: GPTConfig, params: Any) -> Weights:
-    """Return params as ``all_layers`` reads them: (L, outputs, inputs) each."""
-    L, C, h = config.n_layer, config.n_embd, params["h"]
-
-    def pair(module, inputs=0) -> Any:
-        weight, bias = module["weight"], module.get("bias")
-        if inputs:
-            weight = weight.reshape(L, inputs, -1).swapaxes(1, 2).astype(config.dtype)
-        return weight, None if bias is None else bias.reshape(L, -1).astype(jnp.float32)
-
-    layers = Layer(
-        pair(h["ln_1"]), pair(h["attn"]["c_attn"], C), pair(h["attn"]["c_proj"], C),
-        pair(h["ln_2"]), pair(h["mlp"]["c_fc"], C), pair(h["mlp"]["c_proj"], 4 * C),
-    )  # fmt: skip
-    return Weights(layers, params["wte"]["weight"].astype(config.dtype))
-
-
 def unstack(cache: Cache) -> Cache:
     """Return a cache of (L, B, S, H, D) as one of L arrays, each of which is written in place."""
     return Cache(*(tuple(x[i] for i in range(x.shape[0])) for x in cache))  # pyright: ignore
@@ -112,8 +92,6 @@ def unstack(cache: Cache) -> Cache:
 
 def prepare(config: GPTConfig, params: Any, cache: Cache) -> tuple[Weights, Cache]:
     """Return what ``next_logits`` reads and writes: made once a text."""
-    if ONE_KERNEL and cache.k.shape[1] <= FEW:
-        return stack(config, params), cache
     return lay_out(config, params), unstack(cache)
 
 
@@ -133,17 +111,14 @@ def next_logits(
     tokens, positions = tokens[:, 0], positions[:, 0]
     product = product_for(len(tokens))
     ln_f = params["ln_f"]["weight"], params["ln_f"].get("bias")
-    if isinstance(weights.layers, Layer):
-        x, cache = all_layers(config, params, weights.layers, tokens, positions, cache)
-    else:
-        # these are read a row at a time, so that float32 costs nothing
-        x = params["wte"]["weight"][tokens] + params["wpe"]["weight"][positions]
-        keys, values = [], []
-        for layer, k, v in zip(weights.layers, *cache, strict=True):
-            x, k, v = block(config, layer, x, k, v, positions)
-            keys.append(k)
-            values.append(v)
-        cache = Cache(tuple(keys), tuple(values))  # pyright: ignore
+    # these are read a row at a time, so that float32 costs nothing
+    x = params["wte"]["weight"][tokens] + params["wpe"]["weight"][positions]
+    keys, values = [], []
+    for layer, k, v in zip(weights.layers, *cache, strict=True):
+        x, k, v = block(config, layer, x, k, v, positions)
+        keys.append(k)
+        values.append(v)
+    cache = Cache(tuple(keys), tuple(values))  # pyright: ignore
     return product(x, weights.head, None, norm=ln_f, dtype=jnp.float32), cache
 
 
@@ -259,7 +234,7 @@ def linear_kernel(weight, *refs, inputs, given, width, height, activation):
     bias = load_some(bias, (), rows, inside)
     for b in range(x[0].shape[0]):
         more = load_some(residual, (b,), rows, inside)
-        read = partial(join_parts, x, (), b) if inputs == 3 else partial(load_some, x[0], (b,))
+        read = partial(join_parts, x, b) if inputs == 3 else partial(load_some, x[0], (b,))
         y = read(columns, real)
         y = normed(y.astype(jnp.float32), real, K, scale, shift).astype(weight.dtype)
         y = (tile * y.astype(jnp.float32)[None, :]).sum(1)
@@ -289,15 +264,15 @@ def finished(y, bias, activation, residual, dtype):
     return y.astype(dtype) if residual is None else y + residual
 
 
-def join_parts(parts, at, b, columns, real) -> Any:
+def join_parts(parts, b, columns, real) -> Any:
     """Return ``joined`` of row b, inside a kernel."""
     sums, maxima, weights = parts
     *_, n, C = sums.shape
     heads = columns // (C // maxima.shape[-1])
     load = partial(triton.load, mask=real)
     each = [  # all are asked for before the first is waited for
-        (load(maxima.at[*at, b, i, heads], other=0), load(sums.at[*at, b, i, columns], other=0),
-         load(weights.at[*at, b, i, heads], other=1))
+        (load(maxima.at[b, i, heads], other=0), load(sums.at[b, i, columns], other=0),
+         load(weights.at[b, i, heads], other=1))
         for i in range(n)
     ]  # fmt: skip
     top = each[0][0]
@@ -357,28 +332,22 @@ def attend(qkv: Array, k: Array, v: Array, positions: Array) -> tuple[Parts, Arr
 def attend_kernel(positions, qkv, k_in, v_in, sums, maxima, weights, k_out, v_out, *, share, width):
     """Attend to a share of one row's slots, for one head."""
     h, s, b = (pl.program_id(i) for i in range(3))
-    parts = sums, maxima, weights
-    attend_to(share, width, (), b, h, s, positions, qkv, (k_in, v_in), parts, (k_out, v_out))
-
-
-def attend_to(share, width, at, b, h, s, positions, qkv, caches, parts, caches_out):
-    """Attend to row b's s-th share of slots, for head h; ``at`` is the (layer,) of refs with it."""
-    D = caches[0].shape[-1]
+    D = k_in.shape[-1]
     position, first, dims = positions[b], s * share, jnp.arange(width)
     real = dims < D
-    q, *new = (load_some(qkv, (*at, b, i, h), dims, real) for i in range(3))
+    q, *new = (load_some(qkv, (b, i, h), dims, real) for i in range(3))
     q = q.astype(jnp.float32) * (1 / math.sqrt(D))
 
     def block(i, carry):
         total, top, weight = carry
         slots = first + i * SLOTS + jnp.arange(SLOTS)
         seen = slots <= position
-        index = (*at, b, slots[:, None], h, dims[None, :])
+        index = (b, slots[:, None], h, dims[None, :])
         # the slot of this position may not be written yet
         old = ((slots < position)[:, None] & real[None, :], (slots == position)[:, None])
         k, v = (
             jnp.where(old[1], x[None, :], triton.load(ref.at[index], mask=old[0], other=0))
-            for ref, x in zip(caches, new, strict=True)
+            for ref, x in zip((k_in, v_in), new, strict=True)
         )
         scores = (k.astype(jnp.float32) * q[None, :]).sum(1)
         scores = jnp.where(seen, scores, -1e30)
@@ -391,156 +360,12 @@ def attend_to(share, width, at, b, h, s, positions, qkv, caches, parts, caches_o
     zero = jnp.float32(0)
     start = (jnp.zeros(width, jnp.float32), jnp.float32(-1e30), zero)
     total, top, weight = jax.lax.fori_loop(0, blocks, block, start)
-    sums, maxima, weights = parts
-    triton.store(sums.at[*at, b, s, h * D + dims], total, mask=real)
-    triton.store(maxima.at[*at, b, s, h], top)
-    triton.store(weights.at[*at, b, s, h], weight)
+    triton.store(sums.at[b, s, h * D + dims], total, mask=real)
+    triton.store(maxima.at[b, s, h], top)
+    triton.store(weights.at[b, s, h], weight)
     mine = real & (position >= first) & (position < first + share)
-    for ref, x in zip(caches_out, new, strict=True):
-        triton.store(ref.at[*at, b, position, h, dims], x, mask=mine)
-
-
-# ---- all layers in one kernel ----
-
-
-def all_layers(
-    config: GPTConfig, params: Any, layers: Layer, tokens: Array, positions: Array, cache: Cache
-) -> tuple[Array, Cache]:
-    """Return the stream after the last layer, float32 (B, C), of one token a row, and the cache.
-
-    ``layers`` holds all layers' weights, (L, ...) each; tokens and positions are int32 (B,). Where
-    ``block`` starts another kernel the programs wait for each other, having asked for their share
-    of the next weights: these come meanwhile. It takes all programs to be there at once.
-    """
-    L, B, S, H, D = cache.k.shape
-    C, F, programs = H * D, layers.c_fc[0].shape[1], programs_at_once()
-    blocks = pl.cdiv(S, SLOTS)
-    n = max(1, min(SPLITS, blocks, programs // (B * H)))
-    leaves, tree = jax.tree.flatten(layers)
-    wide, dtype = jnp.float32, config.dtype
-    shapes = [  # what one program leaves for others has a place of its own in every layer
-        ((B, C), wide), ((L + 1, B, C), wide), ((L, B, 3, H, D), dtype), ((L, B, n, C), wide),
-        ((L, B, n, H), wide), ((L, B, n, H), wide), ((L, B, C), wide), ((L, B, F), dtype),
-        (cache.k.shape, cache.k.dtype), (cache.v.shape, cache.v.dtype), ((1,), jnp.int32),
-    ]  # fmt: skip
-    inputs = [tokens, positions, params["wte"]["weight"], params["wpe"]["weight"], *leaves, *cache]
-    count = len(inputs)
-    out, *_, k, v, _ = launch(
-        partial(
-            layers_kernel, tree=tree, programs=programs, share=pl.cdiv(blocks, n) * SLOTS,
-            activation="tanh" if config.activation == "gelu_tanh" else "erf",
-        ),
-        grid=(programs,),
-        out_shape=[jax.ShapeDtypeStruct(*shape) for shape in shapes],
-        input_output_aliases={count - 2: 8, count - 1: 9, count: 10},
-        warps=4,
-        name="all_layers",
-    )(*inputs, jnp.zeros(1, jnp.int32))  # fmt: skip
-    return out, Cache(k, v)
-
-
-def layers_kernel(tokens, positions, wte, wpe, *refs, tree, programs, share, activation):
-    """Compute a share of every layer's products and attention."""
-    *leaves, k_in, v_in, _ = refs[: tree.num_leaves + 3]
-    out, entering, qkv, *parts, between, hidden, k, v, arrived = refs[tree.num_leaves + 3 :]
-    weights, program = tree.unflatten(leaves), pl.program_id(0)
-    (L, B, C), (n, H), D = between.shape, parts[1].shape[2:], k.shape[-1]
-    items = B * H * n
-
-    def wait(times):
-        meet(arrived, times * programs)
-
-    def layer(i, done):
-        ask: Any = partial(ask_for_share, i, program, programs)
-
-        def attend_once(turn, done):
-            item = program + turn * programs
-            h, s, b = item % H, item // H % n, item // (H * n)
-            cached = (k_in, v_in), parts, (k, v)
-            attend_to(share, power_of_2(D), (i,), b, h, s, positions, qkv, *cached)
-            return done
-
-        def read(ref):
-            return lambda b, places, there: load_some(ref, (i, b), places, there)
-
-        def store(ref, at=i):
-            return lambda b, rows, there, y: triton.store(ref.at[at, b, rows], y, mask=there)
-
-        def store_qkv(b, rows, there, y):
-            which, rest = rows // C, rows % C
-            triton.store(qkv.at[i, b, which, rest // D, rest % D], y, mask=there)
-
-        def store_left(b, rows, there, y):
-            triton.store(entering.at[i + 1, b, rows], y, mask=there)
-            triton.store(out.at[b, rows], y, mask=there & (i == L - 1))
-
-        product = ask(*weights.c_attn, weights.ln_1)
-        wait(5 * i + 1)
-        product(B, read(entering), store_qkv)
-        product = ask(*weights.attn_proj)
-        wait(5 * i + 2)
-        jax.lax.fori_loop(0, pl.cdiv(items - program, programs), attend_once, 0)
-        wait(5 * i + 3)
-        joined = partial(join_parts, parts, (i,))
-        product(B, joined, store(between), residual=read(entering))
-        product = ask(*weights.c_fc, weights.ln_2)
-        wait(5 * i + 4)
-        product(B, read(between), store(hidden), activation=activation)
-        product = ask(*weights.mlp_proj)
-        wait(5 * i + 5)
-        product(B, read(hidden), store_left, residual=read(between))
-        return done
-
-    width = jnp.arange(power_of_2(C))
-    mine = (width < C) & (program == 0)
-    for b in range(B):
-        x = [load_some(ref, (at[b],), width, mine) for ref, at in ((wte, tokens), (wpe, positions))]
-        triton.store(entering.at[0, b, width], x[0] + x[1], mask=mine)
-    jax.lax.fori_loop(0, L, layer, 0)
-
-
-def ask_for_share(layer, program, programs, weight, bias, norm=(None, None)) -> Any:
-    """Load one of ``programs`` shares of a layer's weight; return its product with what is read.
-
-    Should it be too much to hold, the rest is loaded by and by.
-    """
-    _, N, K = weight.shape
-    share, width = pl.cdiv(N, programs), power_of_2(K)
-    height = min(power_of_2(share), max(1, HELD // width))
-    columns = jnp.arange(width)
-    real = columns < K
-
-    def piece(i):
-        rows = program * share + i * height + jnp.arange(height)
-        there = (rows < (program + 1) * share) & (rows < N)
-        tile = triton.load(
-            weight.at[layer, rows[:, None], columns[None, :]], mask=there[:, None] & real[None, :],
-            other=0, eviction_policy="evict_first",
-        )  # fmt: skip
-        return rows, there, tile, load_some(bias, (layer,), rows, there)
-
-    scale, shift = (load_some(ref, (layer,), columns, real) for ref in norm)
-    first = piece(0)
-
-    def product(B, read, store, activation="", residual=None):
-        def more(rows, there):
-            return [residual and residual(b, rows, there) for b in range(B)]
-
-        following, adding = first, more(*first[:2])
-        xs = [normed(read(b, columns, real).astype(jnp.float32), real, K, scale, shift)
-              for b in range(B)]  # fmt: skip
-        for i in range(pieces := pl.cdiv(share, height)):
-            (rows, there, tile, given), added = following, adding
-            if i + 1 < pieces:
-                following = piece(i + 1)
-                adding = more(*following[:2])
-            for b, x in enumerate(xs):
-                x = x.astype(weight.dtype).astype(jnp.float32)
-                y = (tile.astype(jnp.float32) * x[None, :]).sum(1)
-                y = finished(y, given, activation, added[b], weight.dtype)
-                store(b, rows, there, y)
-
-    return product
+    for ref, x in zip((k_out, v_out), new, strict=True):
+        triton.store(ref.at[b, position, h, dims], x, mask=mine)
 
 
 # ---- sampling ----

@@ -205,7 +205,6 @@ def as_if_there(target: Target) -> Iterator[None]:
             stack.enter_context(mock.patch("gpt_jax.kernels.cudnn_can", return_value=True))
             stack.enter_context(mock.patch("gpt_jax.kernels.why_not", return_value=None))
             stack.enter_context(mock.patch("gpt_jax.kernels.no_gpu", return_value=False))
-            stack.enter_context(mock.patch("gpt_jax.kernels.multiprocessors", return_value=132))
             with suppress(ImportError):  # of versions before 0.11, which took a Hopper for granted
                 from jax._src.pallas.triton import gpu_info  # pyright: ignore
 
