@@ -1,7 +1,7 @@
 """Text from a model: one prefill over the prompts, then a jitted loop with a key-value cache."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -56,7 +56,7 @@ def next_token(logits: Array, keys: Array, rule: Rule, n_tokens=0, fused=False) 
     in a kernel where there is one for the rule.
     """
     V, k = logits.shape[-1], rule.top_k
-    if fused and rule.temperature > 0 and 0 < k < V and rule.top_p == 1:
+    if fused and rule.temperature > 0 and 0 < k < V and rule.top_p == 1 and kernels.can_draw(keys):
         return kernels.draw_top_k(logits, keys, rule.temperature, k, n_tokens)
     if n_tokens:
         logits = jnp.where(jnp.arange(V)[None] < n_tokens, logits, -jnp.inf)
@@ -82,13 +82,13 @@ def prefill(model, params, prompts, lengths, room: int, keys, fused: bool = Fals
     A prompt longer than block_size is read through its last block_size tokens. With ``fused`` the
     decoding kernels go on from it.
     """
-    c, (B, P) = model.config, prompts.shape
+    c, (B, P) = replace(model.config, scan_layers=True), prompts.shape  # compiled in a third
     tokens = jnp.zeros((B, room), jnp.int32).at[:, :P].set(prompts)
     P = min(P, c.block_size)
     # what pads a short prompt is cached too, in slots that no query sees before they are rewritten
     positions = jnp.broadcast_to(jnp.arange(P), (B, P))
     cache, last = new_cache(c, B, min(room, c.block_size)), jnp.minimum(lengths, P) - 1
-    read = partial(model.apply, {"params": params}, method="next_logits")
+    read = partial(model.clone(config=c).apply, {"params": params}, method="next_logits")
     logits, cache = read(read_window(tokens, lengths, P), last, positions, cache)
     weights, cache = kernels.prepare(c, params, cache) if fused else (None, cache)
     return Decoding(tokens, lengths, jnp.zeros(B, bool), logits, cache, keys, weights)
@@ -109,7 +109,7 @@ def decode(model: GPT, params: Any, state: Decoding, steps: Array, rule: Rule) -
     nanoGPT's crop, and gives the text it gives.
     """
     c, room, weights = model.config, state.tokens.shape[1], state.weights
-    rows, S = jnp.arange(state.tokens.shape[0]), c.block_size
+    S = c.block_size
     read: Any = partial(model.apply, {"params": params}, method="next_logits")
     step = partial(kernels.next_logits, c, params, weights) if weights else read
 
@@ -121,31 +121,31 @@ def decode(model: GPT, params: Any, state: Decoding, steps: Array, rule: Rule) -
         return read(read_window(tokens, lengths, S), jnp.minimum(lengths, S) - 1)[0], cache
 
     def append(carry, forward, most):
-        n, (tokens, lengths, done, logits, cache, keys, _) = carry
+        tokens, lengths, done, logits, cache, keys, _ = carry
         new_keys, on = jax.vmap(jax.random.fold_in)(keys, lengths), goes_on(carry, most)
         token = next_token(logits, new_keys, rule, c.n_tokens, weights is not None)
-        slot = jnp.where(done | ~on, room, lengths)  # outside: dropped
-        tokens = tokens.at[rows, slot].set(token, mode="drop")
-        lengths = lengths + (~done & on)
+        here = on[:, None] & (jnp.arange(room)[None] == lengths[:, None])
+        tokens = jnp.where(here, token[:, None], tokens)
+        lengths += on
         done |= on & (token[:, None] == np.array(rule.stop_tokens, np.int32)[None]).any(1)
         logits, cache = forward(tokens, lengths, cache)
-        return n + on, Decoding(tokens, lengths, done, logits, cache, keys, None)
+        return Decoding(tokens, lengths, done, logits, cache, keys, None)
 
-    def goes_on(carry, most):
-        return (carry[0] < steps) & (carry[1].lengths.max() < most) & ~carry[1].done.all()
+    def goes_on(carry, most):  # row by row
+        return ~carry.done & (carry.lengths < ends) & (carry.lengths.max() < most)
 
     # A GPU waits for the host to read a while loop's condition, but not for a loop of known length.
     # A step too many changes nothing: it comes upon the same position again.
     def run(carry, forward, most, chunk):
         return jax.lax.while_loop(
-            lambda carry: goes_on(carry, most),
+            lambda carry: goes_on(carry, most).any(),
             lambda carry: jax.lax.fori_loop(0, chunk, lambda _, x: append(x, forward, most), carry),
             carry,
         )
 
-    carry = jnp.int32(0), state._replace(weights=None)
+    ends, carry = state.lengths + steps, state._replace(weights=None)
     carry = run(carry, cached, min(S, room), STREAM_CHUNK if weights else 1)
-    return (run(carry, windowed, room + 1, 1) if room > S else carry)[1]._replace(weights=weights)
+    return (run(carry, windowed, room + 1, 1) if room > S else carry)._replace(weights=weights)
 
 
 def start(

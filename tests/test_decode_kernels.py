@@ -12,11 +12,14 @@ from gpt_jax import GPT, GPTConfig
 from gpt_jax.kernels.decode import (
     attend,
     can_decode,
+    can_draw,
     joined,
     linear,
     next_logits,
+    noise,
     plain_linear,
     prepare,
+    reached_by,
 )
 from gpt_jax.model import Cache
 from gpt_jax.sampling import Rule, decode, next_token, prefill
@@ -44,7 +47,7 @@ def cache_of(config, B, seed=50):
     return Cache(*(normal(seed + i, *shape).astype(config.dtype) for i in range(2)))
 
 
-@pytest.mark.parametrize("B", [1, 3, 6])  # in kernels; and with XLA's products
+@pytest.mark.parametrize("B", [1, 3, 6])  # 6: with XLA's products
 @pytest.mark.parametrize(("bias", "activation"), [(True, "gelu"), (False, "gelu_tanh")])
 def test_a_step_through_the_kernels_is_the_networks_own(B, bias, activation):
     """Logits within 1e-4 in float32; rows at different positions, one in the last slot."""
@@ -121,6 +124,31 @@ def test_a_token_drawn_in_a_kernel_is_the_one_drawn_without(n_tokens):
     assert len(set(plain.tolist())) > 50
 
 
+def test_the_noise_of_a_draw_is_jaxs_own():
+    key = jax.random.fold_in(jax.random.key(3), 5)
+    ours = noise(jax.random.key_data(key), jnp.arange(5000))
+    np.testing.assert_array_equal(ours, jax.random.gumbel(key, (5000,)))
+
+
+def test_keys_of_another_kind_are_drawn_from_without_the_kernel():
+    logits, keys = normal(1, 3, 300), jax.random.split(jax.random.key(3, impl="rbg"), 3)
+    assert not can_draw(keys)
+    plain, fused = (next_token(logits, keys, Rule(1.0, 20), 0, fused) for fused in (False, True))
+    np.testing.assert_array_equal(fused, plain)
+    assert can_draw(jax.random.split(jax.random.key(3), 3))
+    with jax.threefry_partitionable(False):
+        assert not can_draw(jax.random.split(jax.random.key(3), 3))
+
+
+def test_few_logits_more_than_k_are_candidates_for_a_draw():
+    """The threshold is one that k reach, and not many more; or the lowest value there is."""
+    for k in (1, 50, 200):
+        maxima = normal(k, 2000, scale=3).at[0].set(-jnp.inf).at[1].set(40.0)
+        assert k <= int((maxima >= reached_by(maxima, k)).sum()) <= 1.2 * k + 2
+    assert reached_by(jnp.arange(8.0), 9) == -jnp.inf
+    assert reached_by(jnp.full(8, -jnp.inf), 3) == -jnp.inf
+
+
 @pytest.mark.parametrize(("V", "k"), [(2000, 1), (2000, 200), (300, 299), (130, 7)])
 def test_a_draw_keeps_all_that_tie_with_the_kth_and_nothing_below_it(V, k):
     """Ties, both zeros, infinities, all values equal, all below 0: each row drawn many times."""
@@ -132,6 +160,19 @@ def test_a_draw_keeps_all_that_tie_with_the_kth_and_nothing_below_it(V, k):
     keys, rule = jax.random.split(jax.random.key(3), len(x)), Rule(1.3, k)
     draw = jax.jit(next_token, static_argnums=(2, 3, 4))
     np.testing.assert_array_equal(draw(x, keys, rule, 0, True), draw(x, keys, rule, 0, False))
+
+
+def test_candidates_that_are_too_many_for_one_look_are_drawn_from_in_turn():
+    """Where all tie; where k is larger than the number of tiles; ``CANDIDATES`` at a time."""
+    x = jnp.stack([jnp.full(9000, 2.5), normal(1, 9000)])
+    keys, draw = (
+        jax.random.split(jax.random.key(3), 2),
+        jax.jit(next_token, static_argnums=(2, 3, 4)),
+    )
+    for k in (40, 2000):
+        np.testing.assert_array_equal(
+            *(draw(x, keys, Rule(1.3, k), 0, own) for own in (True, False))
+        )
 
 
 def test_a_draw_from_no_numbers_ends():

@@ -97,6 +97,15 @@ def launch(kernel: Any, *, warps: int, stages: int = 1, **arguments: Any) -> Any
     return pl.pallas_call(kernel, compiler_params=parameters, interpret=no_gpu(), **arguments)
 
 
+def barrier() -> None:
+    """Let a program's threads wait for each other: what one has stored all can load.
+
+    Interpreted, a program has no threads.
+    """
+    if not no_gpu():
+        triton.debug_barrier()
+
+
 def no_gpu() -> bool:
     """Return whether what is traced now will run on something else than a GPU."""
     return jax.default_backend() != "gpu"

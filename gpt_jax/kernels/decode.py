@@ -1,10 +1,10 @@
 """Decoding on one NVIDIA GPU: one new position of each row, in few kernels that read little.
 
-A new token of one row costs what its bytes cost: every weight is read once. So the weights are laid
-out once, in 16 bits and a row for each output, and a layer is five kernels: LayerNorm and c_attn;
-attention, which writes its key and value into the cache in place; c_proj and the residual;
-LayerNorm, c_fc and GELU; c_proj and the residual. Another draws the token. With more than ``FEW``
-rows the products are XLA's.
+A new token of a few rows costs what its bytes cost: every weight is read once. So the weights are
+laid out once, in 16 bits and a row for each output, and a layer is five kernels: LayerNorm and
+c_attn; attention, which writes its key and value into the cache in place; c_proj and the residual;
+LayerNorm, c_fc and GELU; c_proj and the residual. The head is one kernel, and two draw the token.
+With more than ``FEW`` rows the products are XLA's.
 """
 
 import math
@@ -13,11 +13,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.experimental import pallas as pl
 
 from gpt_jax.config import GPTConfig
-from gpt_jax.kernels import launch, power_of_2, triton, use
+from gpt_jax.kernels import barrier, launch, power_of_2, triton, use
 from gpt_jax.kernels.gelu import gelu
 from gpt_jax.model import Cache
 
@@ -26,6 +27,12 @@ PROGRAMS = 264  # of a grid, at least: two for each of Hopper's multiprocessors,
 TILE = 32768  # weights of a program, all asked for at once: 64 KB in flight
 SLOTS = 128  # of the cache, read at once
 SPLITS = 8  # programs that share a row's slots of a head, at most
+DRAWN = 32  # logits of a tile
+TOGETHER = 32  # tiles of a program that finds their maxima
+STEPS = 32  # values tried at once on the way to the k-th largest
+SEARCHED = 8192  # logits of tiles with candidates, looked at once
+CANDIDATES = 1024  # that are drawn from at once
+DRAW_WARPS = 16
 
 
 class Layer(NamedTuple):
@@ -99,20 +106,20 @@ def next_logits(
 ) -> tuple[Array, Cache]:
     """Return GPT.next_logits of one token a row: logits float32 (B, V), and the cache.
 
-    tokens and positions are int32 (B, 1), ``last`` is all zeros, the cache is ``unstack``'s.
+    tokens and positions are int32 (B, 1), ``last`` is all zeros, the cache is ``prepare``'s.
     """
     tokens, positions = tokens[:, 0], positions[:, 0]
     product = product_for(len(tokens))
+    ln_f = params["ln_f"]["weight"], params["ln_f"].get("bias")
     # these are read a row at a time, so that float32 costs nothing
     x = params["wte"]["weight"][tokens] + params["wpe"]["weight"][positions]
-    ln_f = params["ln_f"]["weight"], params["ln_f"].get("bias")
     keys, values = [], []
     for layer, k, v in zip(weights.layers, *cache, strict=True):
         x, k, v = block(config, layer, x, k, v, positions)
         keys.append(k)
         values.append(v)
-    logits = product(x, weights.head, None, norm=ln_f, dtype=jnp.float32)
-    return logits, Cache(tuple(keys), tuple(values))  # pyright: ignore
+    cache = Cache(tuple(keys), tuple(values))  # pyright: ignore
+    return product(x, weights.head, None, norm=ln_f, dtype=jnp.float32), cache
 
 
 @partial(jax.jit, static_argnums=0)  # traced and lowered once, not once a layer
@@ -223,37 +230,45 @@ def linear_kernel(weight, *refs, inputs, given, width, height, activation):
         weight.at[rows[:, None], columns[None, :]], mask=inside[:, None] & real[None, :],
         other=0, eviction_policy="evict_first",
     ).astype(jnp.float32)  # fmt: skip
-
-    def vector(ref, *index):
-        return triton.load(ref.at[*index, columns], mask=real, other=0)
-
-    def outputs(ref, *index):
-        return triton.load(ref.at[*index, rows], mask=inside, other=0)
-
-    scale, shift = (None if ref is None else vector(ref) for ref in (scale, shift))
-    bias = None if bias is None else outputs(bias)
+    scale, shift = (load_some(ref, (), columns, real) for ref in (scale, shift))
+    bias = load_some(bias, (), rows, inside)
     for b in range(x[0].shape[0]):
-        more = None if residual is None else outputs(residual, b)
-        y = join_parts(x, b, columns, real) if inputs == 3 else vector(x[0], b)
-        y = y.astype(jnp.float32)  # pyright: ignore
-        if scale is not None:
-            y = jnp.where(real, y - y.sum() / K, 0)
-            y *= jax.lax.rsqrt((y * y).sum() / K + 1e-5) * scale
-            y = y if shift is None else y + shift
-        y = y.astype(weight.dtype).astype(jnp.float32)
-        y = (tile * y[None, :]).sum(1)
-        y = y if bias is None else y + bias
-        if activation:
-            y = 0.5 * y * (1 + (tanh_of_gelu(y) if activation == "tanh" else erf(y * 0.5**0.5)))
-        y = y.astype(weight.dtype) if more is None else y + more
+        more = load_some(residual, (b,), rows, inside)
+        read = partial(join_parts, x, b) if inputs == 3 else partial(load_some, x[0], (b,))
+        y = read(columns, real)
+        y = normed(y.astype(jnp.float32), real, K, scale, shift).astype(weight.dtype)
+        y = (tile * y.astype(jnp.float32)[None, :]).sum(1)
+        y = finished(y, bias, activation, more, weight.dtype)
         triton.store(out.at[b, rows], y.astype(out.dtype), mask=inside)
 
 
-def join_parts(parts, b, columns, real):
+def load_some(ref, at, places, there) -> Any:
+    """Return a ref's values at ``(*at, places)``, zero where there are none; None for None."""
+    return None if ref is None else triton.load(ref.at[*at, places], mask=there, other=0)
+
+
+def normed(y: Any, real, K, scale, shift) -> Any:
+    """Return LayerNorm of a vector of K, or the vector where there is no scale."""
+    if scale is None:
+        return y
+    y = jnp.where(real, y - y.sum() / K, 0)
+    y *= jax.lax.rsqrt((y * y).sum() / K + 1e-5) * scale
+    return y if shift is None else y + shift
+
+
+def finished(y, bias, activation, residual, dtype):
+    """Return what becomes of a product y in float32, in ``dtype`` or with the residual added."""
+    y = y if bias is None else y + bias
+    if activation:
+        y = 0.5 * y * (1 + (tanh_of_gelu(y) if activation == "tanh" else erf(y * 0.5**0.5)))
+    return y.astype(dtype) if residual is None else y + residual
+
+
+def join_parts(parts, b, columns, real) -> Any:
     """Return ``joined`` of row b, inside a kernel."""
     sums, maxima, weights = parts
-    _, n, C = sums.shape
-    heads = columns // (C // maxima.shape[2])
+    *_, n, C = sums.shape
+    heads = columns // (C // maxima.shape[-1])
     load = partial(triton.load, mask=real)
     each = [  # all are asked for before the first is waited for
         (load(maxima.at[b, i, heads], other=0), load(sums.at[b, i, columns], other=0),
@@ -317,10 +332,10 @@ def attend(qkv: Array, k: Array, v: Array, positions: Array) -> tuple[Parts, Arr
 def attend_kernel(positions, qkv, k_in, v_in, sums, maxima, weights, k_out, v_out, *, share, width):
     """Attend to a share of one row's slots, for one head."""
     h, s, b = (pl.program_id(i) for i in range(3))
-    D = k_in.shape[3]
+    D = k_in.shape[-1]
     position, first, dims = positions[b], s * share, jnp.arange(width)
     real = dims < D
-    q, new_k, new_v = (triton.load(qkv.at[b, i, h, dims], mask=real, other=0) for i in range(3))
+    q, *new = (load_some(qkv, (b, i, h), dims, real) for i in range(3))
     q = q.astype(jnp.float32) * (1 / math.sqrt(D))
 
     def block(i, carry):
@@ -331,8 +346,8 @@ def attend_kernel(positions, qkv, k_in, v_in, sums, maxima, weights, k_out, v_ou
         # the slot of this position may not be written yet
         old = ((slots < position)[:, None] & real[None, :], (slots == position)[:, None])
         k, v = (
-            jnp.where(old[1], new[None, :], triton.load(ref.at[index], mask=old[0], other=0))
-            for ref, new in ((k_in, new_k), (v_in, new_v))
+            jnp.where(old[1], x[None, :], triton.load(ref.at[index], mask=old[0], other=0))
+            for ref, x in zip((k_in, v_in), new, strict=True)
         )
         scores = (k.astype(jnp.float32) * q[None, :]).sum(1)
         scores = jnp.where(seen, scores, -1e30)
@@ -346,52 +361,157 @@ def attend_kernel(positions, qkv, k_in, v_in, sums, maxima, weights, k_out, v_ou
     start = (jnp.zeros(width, jnp.float32), jnp.float32(-1e30), zero)
     total, top, weight = jax.lax.fori_loop(0, blocks, block, start)
     triton.store(sums.at[b, s, h * D + dims], total, mask=real)
-    maxima[b, s, h] = top
-    weights[b, s, h] = weight
+    triton.store(maxima.at[b, s, h], top)
+    triton.store(weights.at[b, s, h], weight)
     mine = real & (position >= first) & (position < first + share)
-    triton.store(k_out.at[b, position, h, dims], new_k, mask=mine)
-    triton.store(v_out.at[b, position, h, dims], new_v, mask=mine)
+    for ref, x in zip((k_out, v_out), new, strict=True):
+        triton.store(ref.at[b, position, h, dims], x, mask=mine)
 
 
 # ---- sampling ----
 
 
+def can_draw(keys: Array) -> bool:
+    """Return whether ``noise`` is that of these keys, as JAX is set: by default it is."""
+    c: Any = jax.config
+    threefry = str(jax.random.key_impl(keys)) == "threefry2x32" and c.jax_threefry_partitionable
+    return threefry and not c.jax_high_dynamic_range_gumbel
+
+
 def draw_top_k(logits: Array, keys: Array, temperature: float, k: int, n_tokens: int = 0) -> Array:
     """Return sampling.next_token's tokens, int32 (B,), for a rule of a temperature and a top-k.
 
-    logits are (B, V), keys (B,). The noise is jax.random's own; the rest is one kernel, a program a
-    row, which keeps the row in its registers and does not sort. Argmax of logits + Gumbel noise
-    draws from the softmax: jax.random.categorical, with its bits. The best of all is the best of
-    the k likeliest if it is one of them, which a count of those above it tells. If it is not, then
-    nor is anything below it, and the best of what is above is looked at next.
+    logits are (B, V), keys (B,). Argmax of logits + Gumbel noise draws from the softmax: this is
+    jax.random.categorical, with its bits. Nothing is sorted, and noise is made for a few: a value
+    that k maxima of tiles reach is no higher than the k-th largest logit. What reaches it, little
+    more than k, are the candidates. The best of them is the best of the k likeliest if it is one of
+    those, which a count of the logits above it tells. If it is not, then nor is any below it, and
+    the best of what is above is looked at next.
     """
     B, V = logits.shape
-    noise = jax.vmap(lambda key: jax.random.gumbel(key, (V,)))(keys)
-    width = power_of_2(V)
+    tiles, settings = pl.cdiv(V, DRAWN), {"temperature": temperature, "known": n_tokens or V}
+    maxima = launch(
+        partial(maxima_kernel, **settings),
+        grid=(pl.cdiv(tiles, TOGETHER), B),
+        out_shape=jax.ShapeDtypeStruct((B, tiles), jnp.float32),
+        warps=4,
+        name="maxima",
+    )(logits)
+    shapes = [(B,), (B, tiles + 1), (B, V + 1)]
     return launch(
-        partial(draw_kernel, temperature=temperature, k=k, known=n_tokens or V, width=width),
+        partial(draw_kernel, k=k, **settings),
         grid=(B,),
-        out_shape=jax.ShapeDtypeStruct((B,), jnp.int32),
-        warps=32 if width > 2**14 else 8,
+        out_shape=[jax.ShapeDtypeStruct(shape, jnp.int32) for shape in shapes],
+        warps=DRAW_WARPS,
         name="draw_top_k",
-    )(logits, noise)
+    )(logits, maxima, jax.random.key_data(keys))[0]
 
 
-def draw_kernel(logits, noise, out, *, temperature, k, known, width):
-    """Draw one row's token."""
-    row, V = pl.program_id(0), logits.shape[1]
-    places = jnp.arange(width)
-    x = triton.load(logits.at[row, places], mask=places < V, other=0).astype(jnp.float32)
-    x = jnp.where(places < known, x / temperature, -jnp.inf)
-    score = x + triton.load(noise.at[row, places], mask=places < V, other=0)
+def load_logits(logits, row, places, there, temperature):
+    """Return float32 logits / temperature of a row; where there are none, the lowest."""
+    x = triton.load(logits.at[row, places], mask=there, other=0).astype(jnp.float32)
+    return jnp.where(there, x / temperature, -jnp.inf)
+
+
+def maxima_kernel(logits, maxima, *, temperature, known):
+    """Find the largest logit of each of TOGETHER tiles."""
+    row, numbers = pl.program_id(1), pl.program_id(0) * TOGETHER + jnp.arange(TOGETHER)
+    places = numbers[:, None] * DRAWN + jnp.arange(DRAWN)[None, :]
+    x = load_logits(logits, row, places, places < known, temperature)
+    triton.store(maxima.at[row, numbers], x.max(1), mask=numbers < maxima.shape[1])
+
+
+def draw_kernel(logits, maxima, keys, out, live, places, *, temperature, k, known):
+    """Draw one row's token; ``live`` lists the tiles with candidates, ``places`` the candidates."""
+    row, (_, tiles), V = pl.program_id(0), maxima.shape, logits.shape[1]
+    key = keys[row, 0], keys[row, 1]
+    numbers = jnp.arange(power_of_2(tiles))
+    tops = triton.load(maxima.at[row, numbers], mask=numbers < tiles, other=-jnp.inf)
+    least = reached_by(tops, k)
+    n_live = append(live, row, 0, numbers, (tops >= least) & (numbers < tiles))
+    barrier()
+
+    def search(i, n):
+        slots = i * SEARCHED + jnp.arange(SEARCHED)
+        tile = slots // DRAWN
+        tile = triton.load(live.at[row, tile], mask=tile < n_live, other=V)
+        place = tile * DRAWN + slots % DRAWN
+        x = load_logits(logits, row, place, place < known, temperature)
+        return append(places, row, n, place, (x >= least) & (place < known))
+
+    n = jax.lax.fori_loop(0, pl.cdiv(n_live * DRAWN, SEARCHED), search, jnp.int32(0))
+    barrier()
+    parts = pl.cdiv(n, CANDIDATES)  # one, but for ties, few tiles or a large k
+
+    def part(i):
+        slots = i * CANDIDATES + jnp.arange(CANDIDATES)
+        place = triton.load(places.at[row, slots], mask=slots < n, other=V)
+        return place, load_logits(logits, row, place, slots < n, temperature)
 
     def best_above(carry):
         _, below, _ = carry
-        left = jnp.where(x > below, score, -jnp.inf)
-        best = jnp.where(left == left.max(), places, width).min()
-        value = jnp.where(places == best, x, -jnp.inf).max()
-        return best, value, (x > value).astype(jnp.int32).sum()
+
+        def best(i, carry):
+            highest, best, value = carry
+            place, x = part(i)
+            score = jnp.where(x > below, x + noise(key, place), -jnp.inf)
+            top = score.max()
+            first = jnp.where(score == top, place, V).min()
+            its = jnp.where(place == first, x, -jnp.inf).max()
+            better = top > highest
+            return tuple(
+                jnp.where(better, new, old)
+                for new, old in ((top, highest), (first, best), (its, value))
+            )
+
+        lowest = jnp.float32(-jnp.inf)
+        _, best, value = jax.lax.fori_loop(0, parts, best, (lowest, jnp.int32(V), lowest))
+        above = jax.lax.fori_loop(
+            0, parts, lambda i, n: n + (part(i)[1] > value).astype(jnp.int32).sum(), jnp.int32(0)
+        )
+        return best, value, above
 
     start = (jnp.int32(0), jnp.float32(-jnp.inf), jnp.int32(k))
     best, _, _ = jax.lax.while_loop(lambda carry: carry[2] >= k, best_above, start)
     out[row] = jnp.where(best < V, best, 0)  # of NaNs, as argmax takes them
+
+
+def reached_by(x, k):
+    """Return a value that k or more of x reach, and as few more as two looks can tell."""
+    low, width = jnp.where(x > -jnp.inf, x, jnp.inf).min(), x.max()
+    width -= low
+    for _ in range(2):
+        steps = low + width / STEPS * jnp.arange(STEPS).astype(jnp.float32)
+        enough = (x[None, :] >= steps[:, None]).astype(jnp.int32).sum(1) >= k
+        low, width = jnp.where(enough, steps, low).max(), width / STEPS
+    return jnp.where((x >= low).astype(jnp.int32).sum() >= k, low, -jnp.inf)
+
+
+def append(array, row, n, values, chosen):
+    """Write the chosen values behind the n that are there, in order; return how many are now."""
+    up_to = jnp.cumsum(chosen.astype(jnp.int32))
+    # interpreted, what is masked is written back: to the last slot, which nothing else uses
+    slots = jnp.where(chosen, n + up_to - 1, array.shape[1] - 1)
+    triton.store(array.at[row, slots], values, mask=chosen)
+    return n + up_to.max()
+
+
+def noise(key, places):
+    """Return jax.random.gumbel's numbers at places of a row: Threefry-2x32, 20 rounds.
+
+    Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
+    """
+    keys = [*key, key[0] ^ key[1] ^ np.uint32(0x1BD11BDA)]
+    a, b = (
+        jnp.full_like(places, 0).astype(jnp.uint32) + keys[0],
+        places.astype(jnp.uint32) + keys[1],
+    )
+    for i in range(5):
+        for turn in ((13, 15, 26, 6), (17, 29, 16, 24))[i % 2]:
+            a = a + b
+            b = a ^ (b << np.uint32(turn) | b >> np.uint32(32 - turn))
+        a, b = a + keys[(i + 1) % 3], b + keys[(i + 2) % 3] + np.uint32(i + 1)
+    # 23 bits as a float from 1 to 2, less 1
+    bits = (a ^ b) >> np.uint32(9) | np.uint32(0x3F800000)
+    uniform = jax.lax.bitcast_convert_type(bits, jnp.float32) - 1
+    return -jnp.log(-jnp.log(jnp.maximum(uniform, jnp.finfo(jnp.float32).tiny)))
