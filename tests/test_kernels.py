@@ -4,6 +4,7 @@ from dataclasses import replace
 from functools import partial
 from importlib.metadata import entry_points
 from types import SimpleNamespace
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -138,9 +139,10 @@ def test_gradients_made_in_the_forward_pass_are_those_of_the_plain_loss(chunk): 
 
 
 def test_no_more_logits_than_a_chunk_exist_at_once():
-    jaxpr = jax.make_jaxpr(mean_and_gradients, static_argnums=(2, 3))(X, W, "pallas", 10 * V)
+    jaxpr = jax.make_jaxpr(mean_and_gradients, static_argnums=(2, 3))(X, W, "pallas", 5 * V)
     logits = [shape for shape in shapes_in(jaxpr.jaxpr) if len(shape) == 2 and shape[1] == V]
-    assert max(np.prod(shape) for shape in logits) == 10 * V
+    # a chunk is of 32 bits a logit, these have 16
+    assert max(np.prod(shape) for shape in logits) == 2 * 5 * V
 
 
 def test_xla_has_the_logits_of_one_piece_alive_at_a_time():
@@ -287,3 +289,18 @@ def test_where_several_devices_share_arrays_there_are_none():
 def test_an_unknown_kind_of_kernels_is_refused():
     with pytest.raises(UserError, match=r"kernels='triton' is not one of auto\|reference\|pallas"):
         GPTConfig(kernels="triton")
+
+
+def test_xla_is_told_of_a_gpus_training_step_alone_to_leave_products_apart():
+    apart = {"xla_gpu_dot_merger_threshold_mb": 0}
+    config = GPTConfig(dtype="bfloat16")
+    assert kernels.compiler_options(config) is None
+    with mock.patch("gpt_jax.kernels.no_gpu", return_value=False):
+        assert kernels.compiler_options(config) is None  # what is here has no kernels
+        with mock.patch("gpt_jax.kernels.why_not", return_value=None):
+            assert kernels.compiler_options(config) == apart
+            plain = GPTConfig(dtype="bfloat16", kernels="reference")
+            assert kernels.compiler_options(plain) is None
+            eight = GPTConfig(dtype="bfloat16", matmul_dtype="float8")
+            its = {"xla_gpu_enable_triton_gemm": False}
+            assert kernels.compiler_options(eight) == apart | its
