@@ -390,7 +390,7 @@ def test_the_later_flag_and_the_later_file_win_and_flags_win_over_files():
         ("--max_iters=-1", "at least 0"),
         ("--learning_rate=0", "above 0"),
         ("--min_lr=-1", "at least 0"),
-        ("--beta1=1", "below 1"),
+        ("--beta1=1", "at most 0.999999"),
         ("--beta2=-0.1", "at least 0"),
         ("--weight_decay=-1", "at least 0"),
         ("--grad_clip=-1", "at least 0"),

@@ -639,3 +639,10 @@ def test_a_run_does_not_write_over_the_model_that_it_starts_from(small_gpt2, mon
     assert train.main() == 2
     assert "out_dir=model holds a model of Hugging Face's" in capsys.readouterr().err
     assert Path("model/config.json").read_bytes() == before
+
+
+def test_a_run_stays_a_run_whatever_was_exported_into_its_folder(tmp_path):
+    (tmp_path / "model.safetensors").touch()
+    assert gpt2.is_theirs(tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    assert not gpt2.is_theirs(tmp_path)

@@ -363,6 +363,8 @@ def several(folder):
     folder.mkdir()
     long = "".join(PLAIN)
     (folder / "1.txt").write_text(long, "utf-8")
+    for n in range(5):  # blocks end where one of these does
+        (folder / f"1{n}.txt").write_text(f"{n}" * 60)
     (folder / "2.jsonl").write_bytes(lines_of([*PLAIN[:5], long, "", *PLAIN[5:]]))
     (folder / "3.txt.gz").write_bytes(gzip.compress(long.encode()))
     (folder / "4.jsonl.gz").write_bytes(gzip.compress(lines_of(PLAIN)))

@@ -5,6 +5,7 @@ from contextlib import closing
 
 import jax
 import jax.numpy as jnp
+import pytest
 
 from gpt_jax import checkpoint
 from gpt_jax.checkpoint import Checkpoints
@@ -40,7 +41,7 @@ def test_an_old_run_is_moved_aside_whole_as_often_as_need_be(tmp_path, capsys):
         (out / "notes").mkdir()
         (out / "notes" / "mine.txt").write_text("kept")
         runs.append({name: data for name, data in tree(out).items() if "previous-" not in name})
-        set_aside(str(out))
+        set_aside(str(out), "scratch")
         assert checkpoint.steps(str(out)) == []
         assert f"{out} held a run: it is in {out / f'previous-{len(runs)}'}" in (
             capsys.readouterr().out
@@ -59,7 +60,7 @@ def test_runs_set_aside_by_number_do_not_meet_when_one_was_deleted(tmp_path):
         (out / name / "file").write_text(name)
     for _ in range(2):
         save_all(out, [1.0])
-        set_aside(str(out))
+        set_aside(str(out), "scratch")
     names = ["previous-1", "previous-2", "previous-3", "previous-of-mine"]
     assert sorted(path.name for path in out.iterdir()) == names
     assert (out / "previous-2" / "file").read_text() == "previous-2"
@@ -68,7 +69,21 @@ def test_runs_set_aside_by_number_do_not_meet_when_one_was_deleted(tmp_path):
 def test_a_folder_that_holds_no_run_is_left_as_it_is(tmp_path, capsys):
     (tmp_path / "config.py").write_text("x")
     (tmp_path / "checkpoints").mkdir()
-    set_aside(str(tmp_path))
-    set_aside(str(tmp_path / "nothing"))
+    set_aside(str(tmp_path), "scratch")
+    set_aside(str(tmp_path / "nothing"), "scratch")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints", "config.py"]
     assert not capsys.readouterr().out
+
+
+@pytest.mark.parametrize("source", ["ckpt.pt", "theirs/x.pth", "theirs"])
+def test_what_a_new_run_starts_from_stays_where_it_is(tmp_path, source):
+    names = ["checkpoints/10", "theirs"]
+    for name in names:
+        (tmp_path / name).mkdir(parents=True)
+    for name in ("ckpt.pt", "theirs/x.pth", "other.txt"):
+        (tmp_path / name).touch()
+    set_aside(str(tmp_path), str(tmp_path / source))
+    assert (tmp_path / source).exists()
+    assert sorted(path.name for path in (tmp_path / "previous-1").iterdir()) == sorted(
+        {"checkpoints", "ckpt.pt", "other.txt", "theirs"} - {source.partition("/")[0]}
+    )

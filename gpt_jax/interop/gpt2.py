@@ -64,6 +64,8 @@ def is_theirs(source: str | Path) -> bool:
     """
     if source in HUB:
         return True
+    if os.path.isdir(os.path.join(source, "checkpoints")):
+        return False  # a run of ours, whatever else was put there
     if os.path.exists(source):
         files = (WEIGHTS, INDEX, *PICKLED)
         return any(os.path.lexists(os.path.join(source, name)) for name in files)

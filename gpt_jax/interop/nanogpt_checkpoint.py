@@ -30,6 +30,7 @@ from gpt_jax.interop.torch_file import Tensor
 from gpt_jax.model import GPT
 from gpt_jax.optimizer import learning_rate, make_optimizer
 from gpt_jax.prepare.dataset import for_dataset
+from gpt_jax.prepare.mixture import sets_of
 from gpt_jax.sharding import make_mesh, placed, state_sharding
 from gpt_jax.tokenizer import Tokenizer, from_json
 from gpt_jax.train_step import init_state
@@ -261,7 +262,7 @@ def load(
     there is a meta.json or meta.pkl, and else GPT-2's.
     """
     saved = read(path)
-    folder = Path(data_dir) / dataset_of(saved)
+    folder = Path(data_dir) / next(iter(sets_of(dataset_of(saved))))  # a mixture's have one
     tokenizer, _, _ = for_dataset(folder)
     refuse_other_ids(saved, tokenizer, folder)
     model = GPT(saved.model_config(dtype, tokenizer.n_tokens))

@@ -91,10 +91,10 @@ def compiled_step(config: TrainConfig, model: GPTConfig, target: Target, mesh: M
     shape = (A, B, config.block_size)
     tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(mesh, 3))
     state = state_shapes(config, model, mesh)
-    step: Any = make_train_step(GPT(model), make_optimizer(config), mesh)
     began = time.monotonic()
     try:
         with as_if_there(target):
+            step: Any = make_train_step(GPT(model), make_optimizer(config), mesh)
             traced = step.trace(state, tokens, tokens)
             lowered = traced.lower(lowering_platforms=(target.platform,))
             compiled = lowered.compile(compiler_options=QUICKLY.get(target.platform))

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from gpt_jax.errors import UserError
 from gpt_jax.prepare import pystdlib, shakespeare, text
+from gpt_jax.prepare.dataset import size_and_dtype
 from gpt_jax.prepare.files import Corpus, Stream, write
 from gpt_jax.prepare.shards import named as files_of
 
@@ -95,14 +96,17 @@ def _small(name: str, folder: Path, input: Path | None, log: Callable[[str], Non
 
 def _refuse_another(folder: Path, corpus: Stream) -> None:
     """Raise UserError where the folder has a data set that this one would not be the same as."""
-    if not (folder / "val.bin").exists():
+    if not files_of(folder, "val"):
         return
     try:
         meta = json.loads((folder / "meta.json").read_bytes())
         its, ours = meta["tokenizer"], corpus.tokenizer.spec
-        # the symbols of a text that was edited may be others: it is the same data set, made anew
+        # the symbols or merges of a text that was edited may be others: the same set, made anew
         kinds = [(spec["kind"], spec.get("name")) for spec in (its, ours)]
-        same = meta["source"] == corpus.source and kinds[0] == kinds[1]
+        sized = its["kind"] != "huggingface" or (
+            meta["vocab_size"] == size_and_dtype(corpus.tokenizer)[0]
+        )
+        same = meta["source"] == corpus.source and kinds[0] == kinds[1] and sized
         of = f"of {meta['source']}, {its['kind']} tokenizer"
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         same, of = False, "that another program made"

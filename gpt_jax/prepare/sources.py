@@ -193,8 +193,10 @@ def _opened(path: Path, packed: str) -> Iterator[tuple[Any, Any]]:
             yield raw, share
 
 
-def _text(source: File, file: Any, share: Any, _: int) -> Iterator[Fragment]:
+def _text(source: File, file: Any, share: Any, skip: int) -> Iterator[Fragment]:
     """Yield one document: UTF-8 with no byte order mark, its line ends made newlines."""
+    if skip:  # it is over
+        return
     newlines = io.IncrementalNewlineDecoder(None, translate=True)
     rest, start, first = b"", 0, True
     while True:

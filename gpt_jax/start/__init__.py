@@ -204,13 +204,16 @@ def make_room(config: TrainConfig) -> None:
         )
     if is_first():
         if config.init_from not in ("resume", "auto"):
-            set_aside(config.out_dir)
+            set_aside(config.out_dir, config.init_from)
         save_config(config)
     barrier()
 
 
-def set_aside(out_dir: str) -> None:
-    """Move an earlier run's files out of the way of a new one: to OUT_DIR/previous-N."""
+def set_aside(out_dir: str, source: str) -> None:
+    """Move an earlier run's files out of the way of a new one: to OUT_DIR/previous-N.
+
+    What the new one starts from, should its ``source`` lie there, stays.
+    """
     if not checkpoint.steps(out_dir):
         return
     numbers = itertools.count(1)
@@ -218,9 +221,8 @@ def set_aside(out_dir: str) -> None:
     there.mkdir()
     # the checkpoints last: cut off before that, it is a run still, and the rest follows it
     for path in sorted(Path(out_dir).iterdir(), key=lambda path: path.name == "checkpoints"):
-        # nor nanoGPT's ckpt.pt: it may be what the new run goes on from
-        stays = path.name == LOCK or path.name.startswith("previous-") or path.suffix == ".pt"
-        if not stays:
+        needed = Path(source).resolve().is_relative_to(path.resolve())
+        if path.name != LOCK and not path.name.startswith("previous-") and not needed:
             path.rename(there / path.name)
     print(f"{out_dir} held a run: it is in {there} now")
 
