@@ -645,4 +645,6 @@ def test_a_run_stays_a_run_whatever_was_exported_into_its_folder(tmp_path):
     (tmp_path / "model.safetensors").touch()
     assert gpt2.is_theirs(tmp_path)
     (tmp_path / "checkpoints").mkdir()
+    assert gpt2.is_theirs(tmp_path)
+    (tmp_path / "checkpoints" / "10").mkdir()
     assert not gpt2.is_theirs(tmp_path)

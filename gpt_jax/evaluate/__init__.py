@@ -18,6 +18,7 @@ from gpt_jax.prepare.mixture import sets_of
 from gpt_jax.pretrained import load, load_run
 from gpt_jax.runtime import connected, use_platform
 from gpt_jax.sharding import make_mesh
+from gpt_jax.start import refuse_another_tokenizer
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,11 @@ def measure(config: EvalConfig) -> None:
             print(f"{theirs.path}, iteration {theirs.iter_num}, on {dataset}", file=sys.stderr)
     dataset = dataset or "openwebtext"
     shares = sets_of(dataset)
-    dtypes = {name: for_dataset(Path(config.data_dir, name))[2] for name in shares}
+    dtypes = {}
+    for name in shares:
+        its, _, dtypes[name] = for_dataset(Path(config.data_dir, name))
+        source = config.out_dir if config.init_from == "resume" else config.init_from
+        refuse_another_tokenizer(source, tokenizer.to_json(), its)
     eval_step = make_eval_step(model, mesh)
     vocab_size, block_size = model.config.vocab_size, model.config.block_size
     for split_name in ("train", "val") if config.split == "all" else (config.split,):

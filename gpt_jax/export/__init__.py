@@ -36,6 +36,7 @@ class ExportConfig(Checked):
     command = "python -m gpt_jax.export"
     init_from: str = key("resume", "resume (out_dir)|gpt2|OWNER/NAME|PATH", "Model", name=True)
     out_dir: str = key("out", "folder of the run", name=True)
+    data_dir: str = key("data", "folder of the datasets, where a ckpt.pt's tokenizer is", name=True)
     step: str = key("", "'': best if only those were kept, or latest", choices="|best|latest|N")
     to: str = key("hf", "the form", "Form", choices="hf|safetensors|nanogpt")
     dtype: str = key("float32", "of what is written", choices="float32|bfloat16|float16")
@@ -87,7 +88,9 @@ def export(config: ExportConfig, destination: Path) -> str:
         model, params, tokenizer, meta = load_run(config.out_dir, config.step, "float32", mesh)
         source = f"{config.out_dir}, iteration {meta['iter']}"
     else:
-        model, params, tokenizer = load(config.init_from, dtype="float32", mesh=mesh)
+        model, params, tokenizer = load(
+            config.init_from, dtype="float32", mesh=mesh, data_dir=config.data_dir
+        )
         source, meta = config.init_from, {}
     notes = [f"{destination}: {source}, {count_params(params, False):,} parameters"]
     with whole(destination) as path:

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from gpt_jax.checkpoint import steps
 from gpt_jax.config import GPTConfig
 from gpt_jax.errors import UserError
 from gpt_jax.interop import tokenizer_files
@@ -64,7 +65,7 @@ def is_theirs(source: str | Path) -> bool:
     """
     if source in HUB:
         return True
-    if os.path.isdir(os.path.join(source, "checkpoints")):
+    if steps(str(source)):
         return False  # a run of ours, whatever else was put there
     if os.path.exists(source):
         files = (WEIGHTS, INDEX, *PICKLED)

@@ -6,6 +6,7 @@ parameters numbered through), model_args, iter_num, best_val_loss and config.
 
 import math
 import os
+import re
 import sys
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -229,7 +230,7 @@ def settings(path: str) -> tuple[dict[str, Any], dict[str, Any]]:
 def dataset_of(saved: Checkpoint) -> str:
     """Return the data set that a checkpoint was trained on; "openwebtext" where it does not say."""
     name = saved.config.get("dataset", "openwebtext")
-    if Path(str(name)).is_absolute():
+    if any(Path(part).is_absolute() for part in re.split("[,:]", str(name))):
         raise UserError(f"{saved.path}: dataset={name!r:.60} leaves data_dir: prepare it there")
     return TrainConfig(dataset=name).dataset  # checked
 
@@ -237,7 +238,9 @@ def dataset_of(saved: Checkpoint) -> str:
 def refuse_other_ids(saved: Checkpoint, tokenizer: Tokenizer, folder: Path) -> None:
     """Raise UserError where a checkpoint's ids cannot be those of a data set's tokenizer."""
     rows = saved.network["vocab_size"]
-    if not 0 <= rows - tokenizer.n_tokens < MOST_PADDING:
+    # nanoGPT has a row for each symbol; it rounds GPT-2's vocabulary up
+    most = 0 if tokenizer.spec["kind"] == "char" else MOST_PADDING
+    if not 0 <= rows - tokenizer.n_tokens <= most:
         raise UserError(
             f"{saved.path} has vocab_size={rows}, but the {tokenizer.spec['kind']} tokenizer of "
             f"{folder} has {tokenizer.n_tokens} ids: put the meta.pkl that it was trained with "
@@ -296,11 +299,13 @@ def export(out_dir: str, step: str, destination: Path, *, optimizer: bool = True
     char = tokenizer.spec["kind"] == "char"
     symbols_file = file.with_name("meta.pkl")
     if char:
-        refuse_to_overwrite(symbols_file)
+        symbols = torch_file.pickled(meta_of(tokenizer))
+        if not (symbols_file.is_file() and symbols_file.read_bytes() == symbols):
+            refuse_to_overwrite(symbols_file)
     torch_file.save(file, contents(meta, config, network, state, optimizer))
     said = [f"{file}: iteration {meta['iter']} of {out_dir}"]
     if char:
-        symbols_file.write_bytes(torch_file.pickled(meta_of(tokenizer)))
+        symbols_file.write_bytes(symbols)
         place = f"data/{config.dataset}/meta.pkl"
         said.append(f"{symbols_file}: its symbols; nanoGPT's sample.py looks for them in {place}")
     elif tokenizer.spec != {"kind": "tiktoken", "name": "gpt2"}:

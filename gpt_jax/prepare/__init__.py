@@ -11,9 +11,9 @@ from pathlib import Path
 
 from gpt_jax.errors import UserError
 from gpt_jax.prepare import pystdlib, shakespeare, text
-from gpt_jax.prepare.dataset import size_and_dtype
 from gpt_jax.prepare.files import Corpus, Stream, write
 from gpt_jax.prepare.shards import named as files_of
+from gpt_jax.tokenizer import from_json
 
 SETS = {
     "pystdlib": "Python's own library, found on this machine: byte level, no download",
@@ -104,7 +104,7 @@ def _refuse_another(folder: Path, corpus: Stream) -> None:
         # the symbols or merges of a text that was edited may be others: the same set, made anew
         kinds = [(spec["kind"], spec.get("name")) for spec in (its, ours)]
         sized = its["kind"] != "huggingface" or (
-            meta["vocab_size"] == size_and_dtype(corpus.tokenizer)[0]
+            from_json(its).n_tokens == corpus.tokenizer.n_tokens
         )
         same = meta["source"] == corpus.source and kinds[0] == kinds[1] and sized
         of = f"of {meta['source']}, {its['kind']} tokenizer"

@@ -222,6 +222,7 @@ def set_aside(out_dir: str, source: str) -> None:
     # the checkpoints last: cut off before that, it is a run still, and the rest follows it
     for path in sorted(Path(out_dir).iterdir(), key=lambda path: path.name == "checkpoints"):
         needed = Path(source).resolve().is_relative_to(path.resolve())
+        needed |= path.suffix in (".pt", ".pth") or path.name == "meta.pkl"  # nanoGPT's
         if path.name != LOCK and not path.name.startswith("previous-") and not needed:
             path.rename(there / path.name)
     print(f"{out_dir} held a run: it is in {there} now")
