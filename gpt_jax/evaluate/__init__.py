@@ -62,11 +62,12 @@ def measure(config: EvalConfig) -> None:
             print(f"{theirs.path}, iteration {theirs.iter_num}, on {dataset}", file=sys.stderr)
     dataset = dataset or "openwebtext"
     shares = sets_of(dataset)
+    source = config.out_dir if config.init_from == "resume" else config.init_from
     dtypes = {}
     for name in shares:
-        its, _, dtypes[name] = for_dataset(Path(config.data_dir, name))
-        source = config.out_dir if config.init_from == "resume" else config.init_from
-        refuse_another_tokenizer(source, tokenizer.to_json(), its)
+        its, _, dtypes[name] = for_dataset(folder := Path(config.data_dir, name))
+        if folder.is_dir():  # else that is what is told below
+            refuse_another_tokenizer(source, tokenizer.to_json(), its)
     eval_step = make_eval_step(model, mesh)
     vocab_size, block_size = model.config.vocab_size, model.config.block_size
     for split_name in ("train", "val") if config.split == "all" else (config.split,):

@@ -65,7 +65,7 @@ def is_theirs(source: str | Path) -> bool:
     """
     if source in HUB:
         return True
-    if steps(str(source)):
+    if os.path.isdir(source) and steps(str(source)):
         return False  # a run of ours, whatever else was put there
     if os.path.exists(source):
         files = (WEIGHTS, INDEX, *PICKLED)
