@@ -150,7 +150,7 @@ def test_four_processes_make_the_losses_of_one_and_survive_the_loss_of_one(start
         if "has not been heard of" not in done[0][2]:
             break
     assert [code for code, _, _ in done] == [0] * 4, done
-    assert f"resuming from out, iteration {kept}" in done[0][1]
+    assert re.search(rf"resuming from out, iteration ({kept}|{kept + 3})\n", done[0][1])
     assert "4 x cpu (data 2, fsdp 2)" in done[0][1]
     for _, out, _ in done[1:]:
         assert "iter" not in out  # one host logs
