@@ -141,16 +141,12 @@ def test_four_processes_make_the_losses_of_one_and_survive_the_loss_of_one(start
         )
     kept = max(int(p.name) for p in Path("out/checkpoints").iterdir() if p.name.isdecimal())
     end = kept + 4
-    # on few busy cores a process that lives was once called dead: what is said then is done again
-    for _ in range(3):
-        done = ends(
-            start(4, ROOT / "train.py", *TINY, "--fsdp=2", "--init_from=resume",
-                  f"--max_iters={end}")
-        )  # fmt: skip
-        if "has not been heard of" not in done[0][2]:
-            break
+    group = start(
+        4, ROOT / "train.py", *TINY, "--fsdp=2", "--init_from=resume", f"--max_iters={end}"
+    )
+    done = ends(group)
     assert [code for code, _, _ in done] == [0] * 4, done
-    assert re.search(rf"resuming from out, iteration ({kept}|{kept + 3})\n", done[0][1])
+    assert f"resuming from out, iteration {kept}" in done[0][1]
     assert "4 x cpu (data 2, fsdp 2)" in done[0][1]
     for _, out, _ in done[1:]:
         assert "iter" not in out  # one host logs

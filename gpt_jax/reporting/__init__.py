@@ -1,7 +1,6 @@
 """What a run tells of itself: log lines, metrics.jsonl, Weights & Biases, a progress line."""
 
 import json
-import os
 import sys
 import time
 from contextlib import suppress
@@ -33,11 +32,13 @@ class Report:
         self.flops = flops_per_token(model.config, count_params(params)) * tokens_per_iter
         peak = config.peak_flops or peak_flops(mesh.devices.flat[0])
         self.peak = peak * mesh.size if peak else None
-        self.path = Path(config.out_dir) / "metrics.jsonl" if is_first() else Path(os.devnull)
+        self.path = Path(config.out_dir) / "metrics.jsonl"
+        self.file = None  # of process 0 alone
         self.skipped = None  # updates left out in all, as last heard
-        with written(self.path):
-            keep_before(self.path, meta["iter"])
-            self.file = self.path.open("a", encoding="utf-8")
+        if is_first():
+            with written(self.path):
+                keep_before(self.path, meta["iter"])
+                self.file = self.path.open("a", encoding="utf-8")
         self.live = sys.stdout.isatty()
         self.steps, self.speed = 0, 0.0
         logs = config.wandb_log and is_first()
@@ -100,9 +101,10 @@ class Report:
 
     def write(self, entry: dict[str, Any]) -> None:
         """Add an object to metrics.jsonl, there to be read at once."""
-        with written(self.path):
-            self.file.write(json.dumps(entry) + "\n")
-            self.file.flush()
+        if self.file:
+            with written(self.path):
+                self.file.write(json.dumps(entry) + "\n")
+                self.file.flush()
 
     def resume_clock(self) -> None:
         """Leave what has passed since the last step, an evaluation or a save, out of the speed."""
@@ -110,8 +112,9 @@ class Report:
 
     def close(self) -> None:
         """End the progress line and the files."""
-        with suppress(OSError):  # of a line that could not be written, and has been told of
-            self.file.close()
+        if self.file:
+            with suppress(OSError):  # of a line that could not be written, and has been told of
+                self.file.close()
         if self.live:
             print("\r\033[K", end="", flush=True)
         if self.wandb:

@@ -27,7 +27,7 @@ from jax._src.distributed import global_state  # its client has no public name y
 from gpt_jax.config import LoadConfig, TrainConfig
 from gpt_jax.errors import RunError, UserError
 
-SILENCE = 30  # seconds without a sign of life after which a process counts as dead
+SILENCE = 20  # seconds without a sign of life after which a process counts as dead
 PERIOD = 2  # seconds from one sign of life to the next
 BARRIER = 24 * 3600  # seconds: the dead are found by their silence, the slow are waited for
 MAY_DIFFER = {"process_id", "wandb_run_name"}  # keys that change nothing the processes share
