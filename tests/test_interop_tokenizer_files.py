@@ -56,20 +56,6 @@ def openai(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def tiktokens():
-    """tiktoken's own gpt2."""
-    with pytest.MonkeyPatch.context() as patch:
-        if "TIKTOKEN_CACHE_DIR" not in os.environ:
-            patch.setenv("TIKTOKEN_CACHE_DIR", str(DATA / "tiktoken_cache"))
-        tokenizer = tiktoken_tokenizer("gpt2")
-        try:
-            tokenizer.token_bytes(0)
-        except UserError as error:
-            pytest.skip(f"GPT-2's files are absent: {error}")
-        return tokenizer
-
-
 @pytest.fixture
 def offline(monkeypatch):
     import tiktoken
@@ -84,13 +70,13 @@ def offline(monkeypatch):
 
 
 @pytest.mark.usefixtures("offline")
-def test_gpt2_from_openais_files_is_tiktokens_on_tiny_shakespeare(openai, tiktokens):
+def test_gpt2_from_openais_files_is_tiktokens_on_tiny_shakespeare(openai, gpt2):
     tokenizer = read(openai)
-    assert tokenizer.spec == tiktokens.spec == {"kind": "tiktoken", "name": "gpt2"}
-    assert tokenizer.byte_lengths().tolist() == tiktokens.byte_lengths().tolist()
+    assert tokenizer.spec == gpt2.spec == {"kind": "tiktoken", "name": "gpt2"}
+    assert tokenizer.byte_lengths().tolist() == gpt2.byte_lengths().tolist()
     path = DATA / "tinyshakespeare.txt"
     text = path.read_text("utf-8") if path.is_file() else PROBE
-    assert tokenizer.encode(text) == tiktokens.encode(text)
+    assert tokenizer.encode(text) == gpt2.encode(text)
 
 
 @pytest.fixture(scope="module")
@@ -105,13 +91,13 @@ def three_gpt2s(openai, tmp_path_factory):
 
 @made_up
 @given(text=st.text())
-def test_gpt2_from_files_is_tiktokens_on_any_text(three_gpt2s, tiktokens, text):
+def test_gpt2_from_files_is_tiktokens_on_any_text(three_gpt2s, gpt2, text):
     for text in (text, f"{text}{END_OF_TEXT} {text}"):  # noqa: B020
-        ids = tiktokens.encode(text)
+        ids = gpt2.encode(text)
         ours, again, exported = three_gpt2s
         assert ours.encode(text) == again.encode(text) == ids
         assert exported.encode(text).ids == ids
-        assert ours.encode_ordinary(text) == tiktokens.encode_ordinary(text)
+        assert ours.encode_ordinary(text) == gpt2.encode_ordinary(text)
         assert ours.decode(ids) == text == exported.decode(ids, skip_special_tokens=False)
 
 

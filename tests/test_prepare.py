@@ -27,7 +27,7 @@ from gpt_jax.prepare import (
 )
 from gpt_jax.prepare.__main__ import main
 from gpt_jax.prepare.dataset import for_dataset
-from gpt_jax.tokenizer import byte_tokenizer, tiktoken_tokenizer
+from gpt_jax.tokenizer import byte_tokenizer
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"
@@ -48,19 +48,6 @@ def sha256(path):
 
 def names(folder):
     return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
-
-
-@pytest.fixture(scope="module")
-def gpt2():
-    with pytest.MonkeyPatch.context() as patch:
-        if "TIKTOKEN_CACHE_DIR" not in os.environ and (SHARED / "tiktoken_cache").is_dir():
-            patch.setenv("TIKTOKEN_CACHE_DIR", str(SHARED / "tiktoken_cache"))
-        tokenizer = tiktoken_tokenizer("gpt2")
-        try:
-            tokenizer.token_bytes(0)
-        except UserError as error:
-            pytest.skip(f"GPT-2's files are absent: {error}")
-        yield tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -109,13 +96,11 @@ def test_an_interrupted_run_leaves_an_older_set_as_it_was(tmp_path):
     assert sorted(before) == FILES
 
 
-KILLED = """
-import json, os, signal, sys
+KILLING = """
+import os, signal, sys
 from pathlib import Path
-from gpt_jax.prepare import files
-from gpt_jax.tokenizer import byte_tokenizer
 
-at, rank = int(sys.argv[2]), 0
+at, rank = int(sys.argv[-1]), 0  # of all events the one that kills; 0: none
 
 def event():
     global rank
@@ -127,9 +112,17 @@ def killed_around(module, name):
     function = getattr(module, name)
     def around(*arguments, **named):
         event()
-        function(*arguments, **named)
+        result = function(*arguments, **named)
         event()
+        return result
     setattr(module, name, around)
+"""
+KILLED = (
+    KILLING
+    + """
+import json
+from gpt_jax.prepare import files
+from gpt_jax.tokenizer import byte_tokenizer
 
 for module, name in ((os, "fsync"), (os, "replace"), (os, "rmdir"), (Path, "unlink")):
     killed_around(module, name)
@@ -137,23 +130,24 @@ for module, name in ((os, "fsync"), (os, "replace"), (os, "rmdir"), (Path, "unli
 def pieces():
     for split in ("train", "val", "train", "val"):
         event()
-        yield split, [len(sys.argv[3]) + i for i in range(5000)]  # more than a buffer
+        yield split, [len(sys.argv[2]) + i for i in range(5000)]  # more than a buffer
 
 def run():
-    corpus = files.Corpus(sys.argv[3], byte_tokenizer(), pieces())
+    corpus = files.Corpus(sys.argv[2], byte_tokenizer(), pieces())
     files.write(Path(sys.argv[1]), corpus, lambda line: None)
 """
+)
 EVERY_POINT = """
 import shutil
 folder, seen = Path(sys.argv[1]), []
-source = sys.argv[3]
+source = sys.argv[2]
 
 def state():
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 def whole(source):
     shutil.rmtree(folder, ignore_errors=True)
-    sys.argv[3] = source
+    sys.argv[2] = source
     run()
     return state()
 
@@ -164,7 +158,7 @@ for older in (False, True):
             whole("an older text")
         else:
             shutil.rmtree(folder)
-        sys.argv[3] = source
+        sys.argv[2] = source
         child = os.fork()
         if not child:
             at, rank = point, 0
@@ -200,7 +194,7 @@ def test_a_run_killed_anywhere_leaves_the_old_set_or_the_new_or_none_and_a_rerun
 
     The rerun comes at once and leaves nothing but its own files.
     """
-    done = python(KILLED + EVERY_POINT, tmp_path / "set", 0, "a newer text")
+    done = python(KILLED + EVERY_POINT, tmp_path / "set", "a newer text", 0)
     assert done.returncode == 0, done.stderr
     seen = json.loads(done.stdout)
     for older in (False, True):
@@ -222,7 +216,7 @@ def test_a_run_killed_anywhere_leaves_the_old_set_or_the_new_or_none_and_a_rerun
 
 @pytest.mark.parametrize("at", [2, 4])
 def test_a_process_killed_while_it_writes_leaves_a_folder_that_the_next_one_clears(tmp_path, at):
-    killed = python(KILLED + "run()", tmp_path, at, "a text")
+    killed = python(KILLED + "run()", tmp_path, "a text", at)
     assert killed.returncode == -9, killed.stderr
     (left,) = names(tmp_path)
     assert left.startswith(".preparing-")

@@ -6,7 +6,6 @@ import gzip
 import io
 import json
 import os
-import subprocess
 import sys
 import types
 from pathlib import Path
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from test_prepare import FILES, KILLING, names, python, silent
 
 from gpt_jax.errors import UserError
 from gpt_jax.prepare import cuts, files, hub, pipeline, prepare, progress, sources, text
@@ -23,18 +23,8 @@ from gpt_jax.prepare.dataset import for_dataset
 from gpt_jax.prepare.files import Unfinished
 from gpt_jax.tokenizer import Tokenizer, byte_tokenizer, char_tokenizer, tiktoken_tokenizer
 
-ROOT = Path(__file__).parents[1]
-FILES = ["meta.json", "train.bin", "val.bin"]
 DOCUMENTS = [f"document {i}: naïve €{i * i} 🙂\n\twith\r lines\r\n" for i in range(60)]
 PLAIN = [document.replace("\r\n", "\n").replace("\r", "\n") for document in DOCUMENTS]
-
-
-def silent(_):
-    pass
-
-
-def names(folder):
-    return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
 
 
 def contents(folder):
@@ -341,20 +331,6 @@ def test_ids_as_arrays_are_those_of_encode_ordinary(gpt2):
         pipeline.arrays_of(char_tokenizer("ac"))("acb")
 
 
-@pytest.fixture(scope="module")
-def gpt2():
-    with pytest.MonkeyPatch.context() as patch:
-        cache = ROOT.parent / "shared" / "data" / "tiktoken_cache"
-        if "TIKTOKEN_CACHE_DIR" not in os.environ and cache.is_dir():
-            patch.setenv("TIKTOKEN_CACHE_DIR", str(cache))
-        tokenizer = tiktoken_tokenizer("gpt2")
-        try:
-            tokenizer.token_bytes(0)
-        except UserError as error:
-            pytest.skip(f"GPT-2's files are absent: {error}")
-        yield tokenizer
-
-
 # ---- the same files however it goes
 
 
@@ -420,33 +396,18 @@ def test_from_every_place_on_the_rest_is_the_same(tmp_path, small, inputs):
         assert rest == joined(pieces[i + 1 :])
 
 
-RUN = """
-import os, signal, sys
-from pathlib import Path
+RUN = (
+    KILLING
+    + """
 from gpt_jax.prepare import files, pipeline, prepare, sources
 
 pipeline.BLOCK, sources.READ, files.SAVE_SECONDS = 300, 64, 0
 os.fsync = lambda descriptor: None  # SIGKILL leaves the kernel what it was given
-at, rank = int(sys.argv[3]), 0
-
-def event():
-    global rank
-    rank += 1
-    if rank == at:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-def killed_around(module, name):
-    function = getattr(module, name)
-    def around(*arguments, **named):
-        event()
-        result = function(*arguments, **named)
-        event()
-        return result
-    setattr(module, name, around)
 
 def run(log=print):
     prepare("text", Path(sys.argv[2]), input=sys.argv[1], tokenizer="byte", workers=2, log=log)
 """
+)
 EVERYWHERE = """
 import shutil
 for module, name in ((os, "fsync"), (os, "replace"), (Path, "unlink"), (shutil, "rmtree")):
@@ -476,16 +437,6 @@ for point in range(1, 100_000, 23):
     gone_on += any("going on after" in line for line in said)
 print(kills, gone_on)
 """
-
-
-def python(program, *arguments):
-    return subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", program, *map(str, arguments)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
 
 
 def test_killed_anywhere_and_run_again_the_files_are_the_same(tmp_path):
@@ -633,6 +584,24 @@ def test_a_set_of_another_text_or_tokenizer_is_not_replaced(tmp_path):
     (tmp_path / "out" / "meta.json").unlink()
     with pytest.raises(UserError, match="out has a data set that another program made: give"):
         run("a")
+
+
+def test_a_small_set_under_another_name_replaces_no_other_set(tmp_path):
+    (tmp_path / "a.txt").write_text("the text of a\n" * 9)
+    out = tmp_path / "mine"
+
+    def small():
+        prepare("shakespeare_char", out, input=tmp_path / "a.txt", log=silent)
+
+    prepare("text", out, input=tmp_path / "a.txt", tokenizer="byte", log=silent)
+    before = contents(out)
+    with pytest.raises(UserError, match=r"mine has a data set of .*a\.txt, byte tokenizer: give"):
+        small()
+    assert contents(out) == before
+    for path in out.iterdir():
+        path.unlink()
+    small()
+    small()  # the same again
 
 
 # ---- bad and hostile input

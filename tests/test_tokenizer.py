@@ -1,11 +1,9 @@
 import io
 import itertools
 import json
-import os
 import pickle
 import pickletools
 import struct
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,22 +20,8 @@ from gpt_jax.tokenizer import (
     tiktoken_tokenizer,
 )
 
-CACHE = Path(__file__).parents[2] / "shared" / "data" / "tiktoken_cache"
 SYMBOLS = "\n !aé€🙂"
 made_up = settings(derandomize=True, deadline=None, database=None, max_examples=60)
-
-
-@pytest.fixture(scope="module")
-def gpt2():
-    with pytest.MonkeyPatch.context() as patch:
-        if "TIKTOKEN_CACHE_DIR" not in os.environ and CACHE.is_dir():
-            patch.setenv("TIKTOKEN_CACHE_DIR", str(CACHE))
-        tokenizer = tiktoken_tokenizer("gpt2")
-        try:
-            tokenizer.token_bytes(0)
-        except UserError as error:
-            pytest.skip(f"GPT-2's files are absent: {error}")
-        yield tokenizer
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from pathlib import Path
 from gpt_jax.errors import UserError
 from gpt_jax.prepare import pystdlib, shakespeare, text
 from gpt_jax.prepare.files import Corpus, Stream, write
-from gpt_jax.prepare.shards import named as files_of
+from gpt_jax.prepare.shards import named as token_files
 from gpt_jax.tokenizer import from_json
 
 SETS = {
@@ -50,15 +50,18 @@ def prepare(
 
     The files appear under their names when all of them are complete, however this ends. Run again
     after an interruption, a streamed set goes on, another starts again; the files are the same.
-    UserError for what cannot be used or had, where folder has a set of another text or tokenizer,
-    or while another process prepares the same folder.
+    UserError for what cannot be used or had, where folder has a set from another source or of
+    another kind of tokenizer, or while another process prepares the same folder.
     """
     inputs = [input] if isinstance(input, str | Path) else list(input or [])
     told = {"tokenizer": tokenizer, "val_share": val_share, "workers": workers}
     told |= {"config": config, "split": split, "column": column}
     _refuse_what_it_does_not_take(name, inputs, told)
     if name not in LARGE:
-        write(folder, _small(name, folder, Path(inputs[0]) if inputs else None, log), log)
+        small = _small(name, folder, Path(inputs[0]) if inputs else None, log)
+        if folder.name != name:  # where one of its own name is, it is made anew
+            _refuse_another(folder, small)
+        write(folder, small, log)
         return
     if name == "text":
         sources = text.sources_of(inputs, config, split, column)
@@ -94,9 +97,9 @@ def _small(name: str, folder: Path, input: Path | None, log: Callable[[str], Non
     return shakespeare.corpus(name, folder, input, log)
 
 
-def _refuse_another(folder: Path, corpus: Stream) -> None:
+def _refuse_another(folder: Path, corpus: Corpus | Stream) -> None:
     """Raise UserError where the folder has a data set that this one would not be the same as."""
-    if not files_of(folder, "val"):
+    if not token_files(folder, "val"):
         return
     try:
         meta = json.loads((folder / "meta.json").read_bytes())
@@ -124,7 +127,7 @@ def command_for(name: str) -> str:
 
 def prepare_on_first_use(name: str, folder: Path, log: Callable[[str], None] = print) -> None:
     """Make a small named data set where there is none yet; for any other say which command does."""
-    if files_of(folder, "val"):  # written last
+    if token_files(folder, "val"):  # written last
         return
     if name in SMALL:
         write(folder, _small(name, folder, None, log), log, first_use=True)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from gpt_jax.errors import UserError
+from gpt_jax.integrity import replace_file
 from gpt_jax.prepare.dataset import size_and_dtype
 from gpt_jax.tokenizer import Tokenizer
 
@@ -130,7 +131,8 @@ def _write(temporary: Path, corpus: Corpus | Stream, identity: str | None) -> di
                 for file in both.values():
                     file.flush()
                     os.fsync(file.fileno())
-                _save(temporary, {"identity": identity, "place": place, "sizes": sizes})
+                state = {"identity": identity, "place": place, "sizes": sizes}
+                replace_file(temporary / STATE, json.dumps(state))
                 saved = time.monotonic()
     counts = {name.removesuffix(".bin"): size // dtype.itemsize for name, size in sizes.items()}
     for split, count in counts.items():
@@ -151,14 +153,6 @@ def _write(temporary: Path, corpus: Corpus | Stream, identity: str | None) -> di
     for name in ("meta.json", "train.bin", "val.bin"):
         sync(temporary / name)
     return meta
-
-
-def _save(temporary: Path, state: dict[str, Any]) -> None:
-    path = temporary / STATE
-    new = path.with_suffix(".new")
-    new.write_text(json.dumps(state), "utf-8")
-    sync(new)
-    os.replace(new, path)
 
 
 def _state(temporary: Path) -> dict[str, Any]:
