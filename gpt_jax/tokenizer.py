@@ -24,9 +24,10 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of text; UserError where the tokenizer has none for it."""
-        # a command line that is not UTF-8 has such halves of characters
-        if bad := [i for i, char in enumerate(text) if "\ud800" <= char <= "\udfff"]:
-            raise UserError(f"text is not Unicode at position {bad[0]}: use UTF-8")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # as from a command line that is not UTF-8
+            raise UserError(f"text is not Unicode at position {error.start}: use UTF-8") from None
         return self._encode(text, True)
 
     def encode_ordinary(self, text: str) -> list[int]:
@@ -36,7 +37,8 @@ class Tokenizer:
     def token_bytes(self, token: int) -> bytes:
         """Return the UTF-8 bytes of one id; UserError for an id out of range."""
         if not 0 <= token < self.n_tokens:
-            raise UserError(f"token id {token} is not in 0..{self.n_tokens - 1}: use its tokenizer")
+            last = self.n_tokens - 1
+            raise UserError(f"token id {token} is not in 0..{last}: use this model's tokenizer")
         return self._bytes(int(token))
 
     def decode(self, ids: Iterable[int]) -> str:

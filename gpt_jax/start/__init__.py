@@ -85,9 +85,8 @@ def resume(
 ) -> tuple[GPT, TrainState, dict[str, Any]]:
     """Return model, state and JSON of the checkpoint of ``meta``, or of the last whole one before.
 
-    Where that is nanoGPT's, init_from is its file.
-    The state is restored to where it will stay. Steps that are passed over are moved to
-    OUT_DIR/damaged-STEP.
+    Where that is nanoGPT's, init_from is its file. The state is restored to where it will stay.
+    Steps that are passed over are moved to OUT_DIR/damaged-STEP.
     """
     if "saved" in meta:
         return *resume_nanogpt(config, dtype, tokenizer, mesh), meta
