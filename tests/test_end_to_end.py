@@ -262,6 +262,20 @@ def test_evaluate_prints_one_line_a_split(monkeypatch, capsys):
         assert re.fullmatch(form, line)
 
 
+def test_data_of_another_tokenizer_are_not_evaluated(monkeypatch, capsys):
+    """By ids alone the loss would be a number like any other."""
+    run(train, monkeypatch, *TINY)
+    Path("other.txt").write_text(TEXT.swapcase(), "utf-8")
+    prepare("text", Path("data/other"), input="other.txt", tokenizer="char", log=lambda _: None)
+    capsys.readouterr()
+    assert run(evaluate, monkeypatch, "--out_dir=out", "--dataset=other") == 2
+    said = capsys.readouterr()
+    assert not said.out
+    assert said.err.splitlines()[-1].startswith(
+        "error: out was trained with a char tokenizer unlike this data set's (char, "
+    )
+
+
 class Marker:
     def __reduce__(self):
         return (os.mkdir, ("marker",))

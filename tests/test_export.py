@@ -412,3 +412,18 @@ def test_a_folder_is_exported_and_loaded_by_name(work, run, monkeypatch):
     assert model.config.n_tokens == 5
     assert equal(params, with_biases(state_of(MODELS["plain"], 20).params, MODELS["plain"]))
     assert tokenizer is TOKENIZER
+
+
+def test_a_checkpoint_of_nanogpts_is_exported_with_the_symbols_of_its_data(work, run):
+    source = f"--init_from={REFERENCE.parent / 'ckpt_nobias.pt'}"
+    folder = work / "elsewhere" / "letters"
+    folder.mkdir(parents=True)
+    symbols = "abcdefghijklmnopqrstuvwxyz "
+    spec = {"kind": "char", "symbols": symbols}
+    meta = {"tokenizer": spec, "vocab_size": 27, "dtype": "uint16"}
+    (folder / "meta.json").write_text(json.dumps(meta))
+    code, _, err = run(source, "a.hf")
+    assert (code, len(err)) == (2, 1)
+    assert "name another --data_dir" in err[0]
+    assert run(source, "--data_dir=elsewhere", "a.hf")[0] == 0
+    assert load("a.hf")[2].spec == spec

@@ -264,6 +264,26 @@ def test_its_tokenizer_is_the_data_sets(run):
     assert "has vocab_size=27, but the tiktoken tokenizer of data/letters has 50257 ids" in said
 
 
+def test_symbols_that_are_fewer_than_its_rows_are_not_its_own():
+    """nanoGPT pads GPT-2's vocabulary, and no other."""
+    meta = {"vocab_size": 26, "itos": dict(enumerate(SYMBOLS[:26]))}
+    meta["stoi"] = {c: i for i, c in meta["itos"].items()}
+    Path("data/letters/meta.pkl").write_bytes(pickle.dumps(meta))
+    with pytest.raises(
+        UserError, match="vocab_size=27, but the char tokenizer of data/letters has"
+    ):
+        load(file("bias"))
+
+
+def test_of_a_mixture_the_tokenizer_is_that_of_each_set_and_none_lies_elsewhere():
+    def trained_on(dataset):
+        return saved(lambda values: values["config"].update(dataset=dataset))
+
+    assert load(trained_on("letters:0.5,others:0.5"))[2].n_tokens == 27
+    with pytest.raises(UserError, match="leaves data_dir"):
+        load(trained_on(f"letters,{Path('data/letters').absolute()}"))
+
+
 def test_a_folder_with_nothing_but_nanogpts_file_says_how_to_name_it(run):
     Path("theirs").mkdir()
     Path("theirs/ckpt.pt").write_bytes(b"")
@@ -564,6 +584,9 @@ def test_nothing_is_written_over(ours):
         export(ours, "", Path("back"))
     assert [path.name for path in Path("back").iterdir()] == ["meta.pkl"]
     Path("back/meta.pkl").rename("back/ckpt.pt")
+    export(ours, "", Path("both/a.pt"))
+    export(ours, "", Path("both/b.pt"))  # its symbols are those that are there
+    assert sorted(path.name for path in Path("both").iterdir()) == ["a.pt", "b.pt", "meta.pkl"]
     with pytest.raises(UserError, match=r"back/ckpt\.pt is there already"):
         export(ours, "", Path("back"))
     assert Path("back/ckpt.pt").read_text() == "mine"

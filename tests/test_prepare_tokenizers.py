@@ -213,3 +213,18 @@ def test_vocabularies_of_subwords_are_rounded_up_and_large_ones_take_uint32(
 ):
     tokenizer = Tokenizer({"kind": kind}, n_tokens, None, list, bytes)
     assert size_and_dtype(tokenizer) == (size, dtype)
+
+
+def test_a_set_of_a_bpe_of_another_size_is_not_replaced_but_that_of_an_edited_text_is(tmp_path):
+    source = tmp_path / "a.txt"
+
+    def made(n, text):
+        source.write_text(text)
+        prepare("text", tmp_path / "out", input=source, tokenizer=f"bpe:{n}", log=lambda _: None)
+        return for_dataset(tmp_path / "out")[0].n_tokens
+
+    text = "the cat and the hat and the bat sat on the mat\n" * 20
+    assert made(270, text) == 270
+    with pytest.raises(UserError, match="out has a data set of .*huggingface tokenizer: give"):
+        made(271, text)  # both are rounded to 320 rows
+    assert made(270, text.replace("cat", "rat")) == 270
