@@ -225,6 +225,6 @@ def test_a_set_of_a_bpe_of_another_size_is_not_replaced_but_that_of_an_edited_te
 
     text = "the cat and the hat and the bat sat on the mat\n" * 20
     assert made(270, text) == 270
-    with pytest.raises(UserError, match="out has a data set of .*huggingface tokenizer: give"):
+    with pytest.raises(UserError, match=r"out has a data set of .*huggingface tokenizer: give"):
         made(271, text)  # both are rounded to 320 rows
     assert made(270, text.replace("cat", "rat")) == 270
