@@ -13,7 +13,7 @@ from gpt_jax.commandline import keys
 from gpt_jax.config import Checked, key, parse
 from gpt_jax.errors import UserError, exit_code
 from gpt_jax.export import hugging_face, own
-from gpt_jax.integrity import free_bytes
+from gpt_jax.integrity import free_bytes, refuse_to_overwrite
 from gpt_jax.interop import nanogpt_checkpoint
 from gpt_jax.model import count_params
 from gpt_jax.pretrained import load, load_run
@@ -21,7 +21,6 @@ from gpt_jax.runtime import use_platform
 from gpt_jax.sharding import make_mesh
 
 USAGE = "usage: python -m gpt_jax.export --out_dir=RUN --to=hf|safetensors|nanogpt DEST"
-ENDINGS = {"hf": "", "safetensors": ".safetensors", "nanogpt": ""}
 
 
 @dataclass(frozen=True)
@@ -70,10 +69,8 @@ def main(argv: list[str]) -> None:
     if len(argv) != len(flags) + 1:
         raise UserError(f"{len(argv) - len(flags)} destinations are named, not one; {USAGE}")
     [destination] = (Path(item) for item in argv if item not in flags)
-    if not destination.name.endswith(ENDINGS[config.to]):
-        raise UserError(
-            f"to={config.to} makes a file: let {destination} end in {ENDINGS[config.to]}"
-        )
+    if config.to == "safetensors" and destination.suffix != ".safetensors":
+        raise UserError(f"to=safetensors makes a file: let {destination} end in .safetensors")
     use_platform("cpu")
     print(export(config, destination))
 
@@ -102,12 +99,6 @@ def export(config: ExportConfig, destination: Path) -> str:
             trees = own.moments(config.out_dir, model, meta, mesh) if config.optimizer else {}
             own.write(path, model.config, {"": params, **trees}, tokenizer, config.dtype)
     return "\n".join(notes)
-
-
-def refuse_to_overwrite(destination: Path) -> None:
-    """Raise UserError where there is anything at a path, be it a broken link."""
-    if os.path.lexists(destination):
-        raise UserError(f"{destination} is there already, and stays: name another, or move it away")
 
 
 @contextmanager

@@ -24,7 +24,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax import Array
 
-from gpt_jax.errors import DamageError, RunError
+from gpt_jax.errors import DamageError, RunError, UserError
 
 KINDS = {  # of what a checkpoint's JSON must hold
     "iter": int, "val_loss": float | None, "best_val_loss": float | None, "wandb_id": str | None,
@@ -93,6 +93,12 @@ def written(path: str | Path) -> Iterator[None]:
         why = f"{path} cannot be written ({in_a_line(error)}{free_bytes(path)})"
         advice = "what was saved before is whole: mend it and go on with --init_from=resume"
         raise RunError(f"{why}: {advice}") from error
+
+
+def refuse_to_overwrite(path: Path) -> None:
+    """Raise UserError where there is anything at a path, be it a broken link."""
+    if os.path.lexists(path):
+        raise UserError(f"{path} is there already: move it away, or name another destination")
 
 
 def replace_file(path: Path, text: str) -> None:

@@ -46,7 +46,7 @@ PREFIX = "transformer."
 # GPT2Config's names for our sizes, each with its default
 SIZES = {
     "n_layer": ("n_layer", 12), "n_head": ("n_head", 12), "n_embd": ("n_embd", 768),
-    "n_positions": ("block_size", 1024), "vocab_size": ("vocab_size", 50257),
+    "n_positions": ("block_size", 1024), "vocab_size": ("vocab_size", GPT2_TOKENS),
 }  # fmt: skip
 ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
 # what else decides what GPT2LMHeadModel computes: our value, which is also its default

@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 from gpt_jax import checkpoint
 from gpt_jax.config import GPTConfig, TrainConfig, typed
 from gpt_jax.errors import DamageError, UserError
-from gpt_jax.integrity import check_sizes
+from gpt_jax.integrity import check_sizes, refuse_to_overwrite
 from gpt_jax.interop import torch_file
 from gpt_jax.interop.nanogpt import PREFIX, check_shapes, from_state_dict, shapes, state_dict_array
 from gpt_jax.interop.torch_file import Tensor
@@ -314,12 +314,6 @@ def export(out_dir: str, step: str, destination: Path, *, optimizer: bool = True
     if not optimizer:
         said.append("no optimizer: nanoGPT's sample.py can use it, --init_from=resume cannot")
     return said
-
-
-def refuse_to_overwrite(path: Path) -> None:
-    """Raise UserError where a file is."""
-    if path.exists():
-        raise UserError(f"{path} is there already: move it away, or name another destination")
 
 
 def restored(out_dir: str, step: int, optimizer: bool) -> tuple[dict[str, Any], GPTConfig, Any]:

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gpt_jax.errors import UserError
+from gpt_jax.integrity import refuse_to_overwrite
 
 LONGEST_PICKLE = 2**24  # bytes; GPT-2 XL with its optimizer takes about 200 kB
 LONGEST_RECORD = 16  # bytes of "version" and "byteorder"
@@ -312,8 +313,7 @@ def save(path: Path, value: Any) -> None:
     """
     tensors: dict[int, Tensor] = {}
     pickle = pickled(value, tensors)
-    if path.exists():
-        raise UserError(f"{path} is there already: move it away, or name another destination")
+    refuse_to_overwrite(path)
     temporary = path.with_name(f".{path.name}-{secrets.token_hex(8)}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
