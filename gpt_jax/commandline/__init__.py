@@ -100,7 +100,8 @@ def layers(values: dict, configs: list[str], flags: dict, kind: type[Checked]) -
 
 def usage(kind: type[Checked]) -> str:
     """Return the text of --help: every key, its default and its meaning."""
-    lines = [f"usage: {as_typed(kind.command)} [CONFIG ...] [--key=value ...]", "", kind.__doc__ or "", ""]
+    called = as_typed(kind.command)
+    lines = [f"usage: {called} [CONFIG ...] [--key=value ...]", "", kind.__doc__ or "", ""]
     lines += textwrap.wrap(f"CONFIG: a file of assignments, or one of {', '.join(PRESETS)}.", 100)
     lines += [f"Without one: {kind.preset or 'the defaults'}."]
     return "\n".join(lines + keys(kind))

@@ -25,4 +25,6 @@ def run(name: str) -> None:
 
 def as_typed(command: str) -> str:
     """Return a command line as it is typed here: by ``gpt-jax`` where a wheel is installed."""
-    return re.sub(r"\bpython (train|sample)\.py\b", r"gpt-jax \1", command) if INSTALLED else command
+    if not INSTALLED:
+        return command
+    return re.sub(r"\bpython (train|sample)\.py\b", r"gpt-jax \1", command)

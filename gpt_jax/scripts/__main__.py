@@ -23,8 +23,8 @@ HELP = "\n".join(
         "",
         *(f"  {name:9} {what}" for name, what in COMMANDS.items()),
         "",
-        "gpt-jax COMMAND --help lists its keys; gpt-jax train alone trains the quickstart.",
-        "gpt-jax --version prints the version. python -m gpt_jax.COMMAND is the same command.",
+        "gpt-jax train: the quickstart. gpt-jax COMMAND --help: all its keys.",
+        "gpt-jax --version: the version. python -m gpt_jax.COMMAND: the same command.",
     ]
 )
 
