@@ -40,6 +40,7 @@ def test_gpt_jax_refuses_what_is_no_command_and_says_which_it_may_have_meant(mon
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_gpt_jax_gives_a_command_its_arguments_and_its_exit_code_back(name, monkeypatch, capsys):
+    monkeypatch.delitem(sys.modules, f"gpt_jax.{name}.__main__", raising=False)  # other tests'
     with pytest.raises(SystemExit) as left:
         gpt_jax(monkeypatch, name, "--max_itres=2")
     assert left.value.code == 2
