@@ -1,8 +1,8 @@
 """Draw docs/house.svg, the modules of the core and what imports what: `python docs/house.py`.
 
 The arrows are those of the real import statements, less those that a longer way says already. Left
-out are errors.py, which nearly all import, and what none of the others does. A number is the module's
-place in README's reading order.
+out are errors.py, which nearly all import, and what none of the others does. A number is the
+module's place in README's reading order.
 """
 
 import ast
