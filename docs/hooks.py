@@ -25,3 +25,12 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Turn links from page to page into those of the site."""
     prefix = "docs/" if page.file.src_uri in PAGES else "../"
     return re.sub(rf"\]\({re.escape(prefix)}", "](", markdown)
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Keep the two dashes of a flag in running text together with its name."""
+
+    def kept(code: re.Match) -> str:
+        return re.sub(r"--[\w-]+", r'<span class="flag">\g<0></span>', code[0])
+
+    return re.sub(r"<code>[^<]*--[^<]*</code>", kept, html)

@@ -38,6 +38,7 @@ from gpt_jax.bench import VERBS
 from gpt_jax.bench.config import configured
 from gpt_jax.checkpoint import steps
 from gpt_jax.config import SampleConfig, parse
+from gpt_jax.errors import UserError
 from gpt_jax.evaluate import EvalConfig
 from gpt_jax.export import ExportConfig
 from gpt_jax.plan import PlanConfig
@@ -285,6 +286,18 @@ def test_commands_in_running_text_are_understood(path, work):
                 understood(shlex.split(said))
 
 
+def test_an_error_that_is_shown_is_the_one_that_comes(work):
+    shown = []
+    for path in PAGES:
+        for language, _, text, _ in blocks(path):
+            if language == "text":
+                shown += re.findall(r"^\$ (python .*)\nerror: (.*)$", text, re.MULTILINE)
+    assert shown
+    for command, error in shown:
+        with pytest.raises(UserError, match=f"^{re.escape(error)}$"):
+            understood(shlex.split(command))
+
+
 @pytest.mark.parametrize("path", LINKED, ids=name)
 def test_every_flag_that_is_named_exists(path):
     kinds = [SampleConfig, EvalConfig, ExportConfig, PlanConfig, *VERBS.values()]
@@ -345,10 +358,7 @@ def test_the_table_of_keys_is_current():
 def test_every_command_has_its_keys_on_the_page():
     text = (ROOT / "docs/configuration.md").read_text("utf-8")
     module = runpy.run_path(str(ROOT / "docs/keys.py"))
-    assert (
-        re.findall("<!-- keys: (.*) -->", text).sort()
-        == [*module["KINDS"], *module["HELPS"]].sort()
-    )
+    assert set(re.findall("<!-- keys: (.*) -->", text)) == {*module["KINDS"], *module["HELPS"]}
     for f in fields(SampleConfig):
         assert f"| `{f.name}` | `{f.default!r}` |" in text
 
