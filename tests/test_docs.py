@@ -369,6 +369,12 @@ def test_the_picture_of_the_house_is_current():
     assert (ROOT / "docs/house.svg").read_text("utf-8") == picture(), "run: python docs/house.py"
 
 
+def test_every_folder_of_the_package_is_told_of():
+    text = (ROOT / "docs/how_it_works.md").read_text("utf-8")
+    folders = {path.parent.name for path in (ROOT / "gpt_jax").glob("*/*.py")}
+    assert {folder for folder in folders if f"`{folder}/`" not in text} == set()
+
+
 def test_the_page_of_the_notebooks_has_those_that_are_there():
     there = {path.name for path in (ROOT / "notebooks").glob("*.ipynb")}
     named = set(re.findall(r"\w+\.ipynb", (ROOT / "docs/notebooks.md").read_text("utf-8")))
