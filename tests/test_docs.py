@@ -45,6 +45,7 @@ from gpt_jax.plan import PlanConfig
 from gpt_jax.prepare import prepare
 from gpt_jax.prepare.__main__ import FLAGS
 from gpt_jax.prepare.__main__ import main as prepare_main
+from gpt_jax.sharding import LAYOUT
 
 ROOT = Path(__file__).parents[1]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
@@ -367,6 +368,18 @@ def test_every_command_has_its_keys_on_the_page():
 def test_the_picture_of_the_house_is_current():
     picture = runpy.run_path(str(ROOT / "docs/house.py"))["picture"]
     assert (ROOT / "docs/house.svg").read_text("utf-8") == picture(), "run: python docs/house.py"
+
+
+def test_the_table_of_layouts_is_that_of_the_code():
+    rows = re.findall(
+        r"^\| `(\S+/weight)`[^|]* \| \((.*?)\) \| (.*?) \|$",
+        (ROOT / "docs/sharding.md").read_text("utf-8"),
+        re.MULTILINE,
+    )
+    assert len(rows) == 7
+    for leaf, axes, cuts in rows:
+        assert axes == ", ".join(LAYOUT[leaf])
+        assert cuts == ", ".join(f"{axis}: {cut}" for axis, cut in LAYOUT[leaf].items() if cut)
 
 
 def test_every_folder_of_the_package_is_told_of():
