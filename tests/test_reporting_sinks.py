@@ -65,6 +65,10 @@ def start(folder: Path, *flags: str) -> subprocess.Popen:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A run that Ctrl-C stops, whose last save is lost, and that goes on from the one before."""
+    if sys.platform == "win32":
+        pytest.skip("a process group that can be sent Ctrl-C is POSIX's")
+    for package in ("tensorboardX", "tensorboard", "wandb.proto"):
+        pytest.importorskip(package)
     folder = tmp_path_factory.mktemp("run")
     make_data(folder)
     said = []
@@ -124,9 +128,8 @@ def test_metrics_jsonl_holds_every_number_of_an_iteration_once_over_a_resume(run
 
 
 def test_tensorboard_reads_the_same_numbers_each_once_over_a_resume(run):
-    event_accumulator = pytest.importorskip(
-        "tensorboard.backend.event_processing.event_accumulator"
-    )
+    from tensorboard.backend.event_processing import event_accumulator
+
     assert len([*(run.out / "tensorboard").iterdir()]) == 2
     reader = event_accumulator.EventAccumulator(str(run.out / "tensorboard"), {"scalars": 0})
     reader.Reload()
@@ -148,7 +151,8 @@ def test_tensorboard_reads_the_same_numbers_each_once_over_a_resume(run):
 
 def wandb_records(path: Path):
     """Read a .wandb file: LevelDB's log format, of protocol buffers."""
-    pb = pytest.importorskip("wandb.proto.wandb_internal_pb2")
+    from wandb.proto import wandb_internal_pb2 as pb
+
     data, at, record = path.read_bytes(), 7, b""  # after its magic number
     while at < len(data):
         left = 2**15 - at % 2**15  # of the block; a header has 7 bytes and is never cut
@@ -408,7 +412,8 @@ def test_memory_is_that_of_the_fullest_device_and_left_out_where_it_is_not_count
     found = memory(mesh)  # pyright: ignore
     assert (found["device_memory"], found["device_memory_peak"]) == (50, 100)
     assert memory(make_mesh()).keys() <= {"host_memory_peak"}
-    assert memory(make_mesh())["host_memory_peak"] > 2**26  # bytes: JAX alone takes more
+    if sys.platform != "win32":
+        assert memory(make_mesh())["host_memory_peak"] > 2**26  # bytes: JAX alone takes more
 
 
 # --- Weights & Biases and TensorBoard that are absent, or fail
