@@ -34,14 +34,14 @@ def gradient_norms(config: TrainConfig) -> Callable[[Any], dict[str, Array]]:
 def parameter_norms(config: TrainConfig, mesh: Mesh) -> Callable[[Any], dict[str, Array]]:
     """Return a jitted function of parameters: their norm, and with log_norms each layer's.
 
-    Apart from the train step, so that only iterations that are logged pay for reading them: 6 GB
-    of GPT-2 XL are 2 ms of an H100's memory.
+    Apart from the train step, so that only iterations that are logged pay for reading them: the
+    6 GB of GPT-2 XL take an H100 2 ms at the 3.35 TB/s of its memory.
     """
 
     @jax.jit(out_shardings=NamedSharding(mesh, PartitionSpec()))  # for every process to read
     def norms(params: Any) -> dict[str, Array]:
-        layers = layer_norms("param_norm", params) if config.log_norms else {}
-        return {"param_norm": optax.tree.norm(params), **layers}
+        layers = layer_norms("param_norm", params)
+        return {"param_norm": optax.tree.norm(layers), **(layers if config.log_norms else {})}
 
     return norms
 
