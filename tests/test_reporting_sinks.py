@@ -460,7 +460,7 @@ def test_weights_and_biases_that_fail_in_training_are_told_of_once_and_left_alon
     sink.close()
     said = capsys.readouterr().err
     assert said.count("\n") == 1
-    assert "Weights & Biases takes no more: ConnectionResetError: the service has gone" in said
+    assert "takes no more (ConnectionResetError: the service has gone): going on without" in said
     assert fake.ended == []
 
 

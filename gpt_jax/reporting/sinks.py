@@ -110,8 +110,8 @@ class Wandb:
                 act(self.run)
         except Exception as error:  # whatever its service, its files or the network meet with
             self.run = None
-            problem = f"Weights & Biases takes no more: {in_a_line(error)}"
-            print(f"{problem}. Training goes on, and metrics.jsonl", file=sys.stderr)
+            problem = in_a_line(error).rstrip(": ")
+            print(f"Weights & Biases takes no more ({problem}): going on without", file=sys.stderr)
 
 
 def renamed(entry: dict[str, Any]) -> dict[str, Any]:
@@ -153,13 +153,12 @@ def start_wandb(config: TrainConfig, run_id: str | None) -> Wandb | None:
     import wandb  # pyright: ignore[reportMissingImports]
 
     try:
-        run = wandb.init(
+        return Wandb(wandb.init(
             project=config.wandb_project, name=config.wandb_run_name, config=vars(config),
             id=run_id, resume="allow" if run_id else None,
-        )  # fmt: skip
+        ))  # fmt: skip
     except Exception as error:
         raise UserError(
             f"Weights & Biases cannot be started: {in_a_line(error)}: run `wandb login`, set "
             "WANDB_MODE=offline to send it later, or give --wandb_log=False"
         ) from None
-    return Wandb(run)
