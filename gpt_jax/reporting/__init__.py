@@ -33,9 +33,13 @@ class Report:
         peak = config.peak_flops or peak_flops(mesh.devices.flat[0])
         self.peak = peak * mesh.size if peak else None
         self.path = Path(config.out_dir) / "metrics.jsonl"
-        self.file = None  # of process 0 alone
+        self.file = self.picture = None  # of process 0 alone
+        self.resumed = {"resumed": meta["iter"]} if meta["iter"] else {}  # marks the next line
         self.skipped = None  # updates left out in all, as last heard
         if is_first():
+            from gpt_jax.plot.background import LossPicture  # above: it knows is_entry
+
+            self.picture = LossPicture(config.out_dir)
             with written(self.path):
                 keep_before(self.path, meta["iter"])
                 self.file = self.path.open("a", encoding="utf-8")
@@ -90,6 +94,9 @@ class Report:
         """Tell of an evaluation, losses in nats/token."""
         self.say(f"step {iteration}: train loss {train_loss:.4f}, val loss {val_loss:.4f}")
         self.write({"iter": iteration, "train_loss": train_loss, "val_loss": val_loss})
+        if self.picture:
+            self.picture.draw()
+            self.complain()
         if self.wandb:
             mfu = self.flops / self.tokens_per_iter * self.speed / self.peak if self.peak else 0
             self.wandb.log({"iter": iteration, "train/loss": train_loss, "val/loss": val_loss,
@@ -99,12 +106,18 @@ class Report:
         """Print a line, over the progress line if there is one."""
         print(f"\r\033[K{line}" if self.live else line, flush=True)
 
+    def complain(self) -> None:
+        """Say why there is no picture, if there is none and it has not been said."""
+        if self.picture and (line := self.picture.complaint()):
+            self.say(line)
+
     def write(self, entry: dict[str, Any]) -> None:
         """Add an object to metrics.jsonl, there to be read at once."""
         if self.file:
             with written(self.path):
-                self.file.write(json.dumps(entry) + "\n")
+                self.file.write(json.dumps(entry | self.resumed) + "\n")
                 self.file.flush()
+            self.resumed = {}
 
     def resume_clock(self) -> None:
         """Leave what has passed since the last step, an evaluation or a save, out of the speed."""
@@ -115,6 +128,9 @@ class Report:
         if self.file:
             with suppress(OSError):  # of a line that could not be written, and has been told of
                 self.file.close()
+        if self.picture:
+            self.picture.close()
+            self.complain()
         if self.live:
             print("\r\033[K", end="", flush=True)
         if self.wandb:
