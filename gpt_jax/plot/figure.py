@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# of Okabe & Ito 2008, "Color Universal Design": told apart by the colour-blind. Without their
-# yellow, too pale for a line on white; neighbours also differ in grey
+# of Okabe & Ito 2008, "Color Universal Design": told apart by the colour-blind, without their
+# yellow, too pale for a line on white; in grey it is the markers and the dashes that tell
 BLACK, VERMILLION, BLUE, ORANGE, GREEN, PURPLE, SKY = COLOURS = (
     "#000000", "#D55E00", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9",
 )  # fmt: skip
@@ -114,7 +114,7 @@ def running_median(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray
         n = len(x) // size
         x = x[: n * size].reshape(n, size).mean(1)
         y = np.median(y[: n * size].reshape(n, size), 1)
-    n, most = len(y), max(1, len(y) // 50)
+    n, most = len(y), len(y) // 50
     halves = [min(i, most) for i in range(n)]
     return x, np.array([np.median(y[i - h : i + h + 1]) for i, h in enumerate(halves)])
 
