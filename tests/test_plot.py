@@ -153,7 +153,7 @@ def test_few_or_odd_points_are_drawn(tmp_path, entries):
         assert save(picture, tmp_path / "x.png").stat().st_size > 1000
         for axes in picture.axes:
             assert axes.get_xlabel() or axes.get_ylabel()
-            assert np.isfinite(axes.get_ylim()).all()
+            assert np.abs(axes.get_ylim()).max() < 1e3
 
 
 def test_a_long_run_is_drawn_with_few_points_and_no_spike_lost(tmp_path):

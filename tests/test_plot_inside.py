@@ -132,11 +132,11 @@ def test_a_picture_of_all_maps_has_a_panel_a_head_and_one_scale(model):
 
 def test_a_picture_of_one_map_names_its_tokens_on_both_axes(model):
     maps, labels = attention_maps(*model, TOKENS), token_labels(TOKENIZER, TOKENS)
-    axes, bar = attention_picture(maps, labels, layer=1, head=1).axes
-    np.testing.assert_array_equal(axes.images[0].get_array().filled(0), maps[1, 1])
+    axes, bar = attention_picture(maps, labels, layer=1, head=0).axes
+    np.testing.assert_array_equal(axes.images[0].get_array().filled(0), maps[1, 0])
     for axis in (axes.xaxis, axes.yaxis):
         assert [label.get_text() for label in axis.get_ticklabels()] == labels
-    assert axes.get_title() == "layer 1, head 1"
+    assert axes.get_title() == "layer 1, head 0"
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("attends to", "token")
     assert bar.get_ylabel() == "attention probability"
 

@@ -13,9 +13,9 @@ from gpt_jax.plot.losses import run_picture
 class LossPicture:
     """The picture of a run that goes on, drawn by a thread of its own.
 
-    A thread, not a process: a picture takes it a quarter of a second, of which the training loop,
-    waiting for its device, hears little (docs/performance.md); a process would first import
-    JAX for seconds. What cannot be drawn never ends a run.
+    A thread, not a process, which would first import JAX for seconds: a picture is 0.12 s of work
+    and keeps a loop that waits 20 ms a step for its device from it for 15 ms in all (measured on
+    two CPU cores, 60,000 lines). What cannot be drawn never ends a run.
     """
 
     def __init__(self, out_dir: str):
