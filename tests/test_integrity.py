@@ -225,6 +225,7 @@ def test_a_file_that_is_replaced_is_the_old_one_or_the_new_one(tmp_path, monkeyp
         replace_file(path, "new")
     monkeypatch.undo()
     assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
     replace_file(path, "new")
     assert path.read_text() == "new"
     assert [p.name for p in tmp_path.iterdir()] == ["file"]

@@ -18,6 +18,7 @@ from gpt_jax.config import SampleConfig, TrainConfig, parse
 from gpt_jax.evaluate import EvalConfig
 from gpt_jax.export import ExportConfig
 from gpt_jax.plan import PlanConfig
+from gpt_jax.plot import PlotConfig
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "gpt_jax"
@@ -264,5 +265,6 @@ def test_every_packaged_preset_parses_by_name_and_by_nanogpts_path(path, tmp_pat
 def test_every_command_parses_with_nothing_said(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     benches = (TrainBench, DecodeBench, LoaderBench, CompileBench)
-    for kind in (TrainConfig, SampleConfig, EvalConfig, ExportConfig, PlanConfig, *benches):
+    commands = (TrainConfig, SampleConfig, EvalConfig, ExportConfig, PlanConfig, PlotConfig)
+    for kind in (*commands, *benches):
         assert isinstance(parse([], kind), kind)

@@ -1,6 +1,7 @@
 """Who writes what a run tells of itself."""
 
 import os
+from contextlib import closing
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,13 @@ from gpt_jax.sharding import make_mesh
 MODEL = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=8, vocab_size=11))
 
 
+def report_of(out, iteration: int) -> reporting.Report:
+    """The report of a run in ``out`` that goes on from an iteration."""
+    params = jax.eval_shape(MODEL.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    config = TrainConfig(out_dir=str(out))
+    return reporting.Report(config, make_mesh(), MODEL, params, 8, {"iter": iteration})
+
+
 @pytest.mark.parametrize("first", [True, False])
 def test_the_first_process_alone_writes_files(tmp_path, monkeypatch, first):
     """Even os.devnull: renamed over by root, it is a regular file for the whole machine."""
@@ -24,11 +32,33 @@ def test_the_first_process_alone_writes_files(tmp_path, monkeypatch, first):
     before = nowhere.stat()
     out = tmp_path / "out"
     out.mkdir()
-    params = jax.eval_shape(MODEL.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
-    config = TrainConfig(out_dir=str(out))
-    report = reporting.Report(config, make_mesh(), MODEL, params, 8, {"iter": 3})
+    report = report_of(out, 3)
     report.evaluation(3, 2.5, 2.75, 1e-3)
     report.close()
-    assert [path.name for path in out.iterdir()] == ["metrics.jsonl"] * first
+    written = ["loss.png", "metrics.jsonl"] if first else []
+    assert sorted(path.name for path in out.iterdir()) == written
     assert nowhere.stat()[:7] == before[:7]  # the same inode, as long as it was
     assert sorted(path.name for path in tmp_path.iterdir()) == ["null", "out"]
+
+
+def test_the_next_line_of_a_resumed_run_says_so_and_so_do_those_before(tmp_path):
+    for begins in (0, 2, 4, 3):  # the checkpoint of 4 was damaged
+        with closing(report_of(tmp_path, begins)) as report:
+            for iteration in (begins, begins + 1, begins + 2):
+                report.evaluation(iteration, 2.5, 2.75, 1e-3)
+    found = [entry for _, entry in reporting.entries(tmp_path / "metrics.jsonl")]
+    assert [entry["iter"] for entry in found] == [0, 1, 2, 3, 4, 5]
+    assert [entry.get("resumed") for entry in found] == [None, None, 2, 3, None, None]
+
+
+def test_a_picture_that_cannot_be_drawn_is_a_line_and_the_run_goes_on(tmp_path, capsys):
+    (tmp_path / "loss.png").mkdir()
+    with closing(report_of(tmp_path, 0)) as report:
+        report.evaluation(0, 2.5, 2.75, 1e-3)
+        report.evaluation(1, 2.5, 2.75, 1e-3)
+    lines = capsys.readouterr().out.splitlines()
+    said = [line for line in lines if "loss.png" in line]
+    assert len(said) == 1
+    assert said[0].startswith("no loss.png was drawn: UserError: ")
+    assert len(reporting.entries(tmp_path / "metrics.jsonl")) == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["loss.png", "metrics.jsonl"]

@@ -101,14 +101,19 @@ def refuse_to_overwrite(path: Path) -> None:
         raise UserError(f"{path} is there already: move it away, or name another destination")
 
 
-def replace_file(path: Path, text: str) -> None:
-    """Write a file anew, so that whatever happens the old text is there or the new, whole."""
+def replace_file(path: Path, content: str | bytes) -> None:
+    """Write a file anew, so that whatever happens the old one is there or the new, whole."""
     new = path.with_name(f".{path.name}.new")
-    with open(new, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(new, path)
+    try:
+        with open(new, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(new, path)
+    except OSError:
+        with suppress(OSError):
+            new.unlink()  # on a full disk it takes the last bytes
+        raise
 
 
 def room_for_a_copy(tree: Any) -> bool:

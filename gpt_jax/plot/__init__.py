@@ -1,34 +1,64 @@
-"""A picture of a run: loss over iterations, from its metrics.jsonl."""
+"""The command ``python -m gpt_jax.plot``: the losses of a run as a picture, or of several."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from gpt_jax.errors import UserError
-from gpt_jax.reporting import entries
+from gpt_jax.commandline import keys
+from gpt_jax.config import Checked, key, parse
+from gpt_jax.errors import UserError, exit_code
+from gpt_jax.plot.figure import SUFFIXES, save
+from gpt_jax.plot.log import Log
+from gpt_jax.plot.losses import comparison_picture, run_picture
+
+USAGE = "usage: python -m gpt_jax.plot RUN [RUN ...] [PICTURE] [--x=step|tokens|time]"
 
 
-def plot(out_dir: str, destination: Path | None = None) -> Path:
-    """Write the losses of a run as a picture, by default OUT_DIR/loss.png, and return its path."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # no display, no global state
-    from matplotlib.figure import Figure
+@dataclass(frozen=True)
+class PlotConfig(Checked):
+    """Draw the losses of a run, or compare those of several.
 
-    source = Path(out_dir) / "metrics.jsonl"
-    logged = [entry for _, entry in entries(source)]
-    steps = [e for e in logged if "loss" in e]
-    evals = [e for e in logged if "val_loss" in e]
-    if not logged:
-        raise UserError(f"{source} holds no metrics yet: train first, or name another run")
-    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    # blue, orange, black of Okabe & Ito: told apart by the colour-blind, and in grey
-    axes.plot([e["iter"] for e in steps], [e["loss"] for e in steps], color="#56B4E9",
-              linewidth=0.8, alpha=0.7, label="batch")  # fmt: skip
-    for name, color, style in (("train", "#D55E00", "--"), ("val", "black", "-")):
-        axes.plot([e["iter"] for e in evals], [e[f"{name}_loss"] for e in evals], style,
-                  color=color, marker="o", markersize=3, label=name)  # fmt: skip
-    axes.set(xlabel="iteration", ylabel="loss (nats/token)", title=Path(out_dir).resolve().name)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    destination = destination or Path(out_dir) / "loss.png"
-    figure.savefig(destination)
-    return destination
+    RUN is the out_dir of a run or its metrics.jsonl. PICTURE, or --out, ends in .png, .svg or .pdf;
+    without one it is RUN/loss.png, and comparison.png of several.
+    """
+
+    command = "python -m gpt_jax.plot"
+    x: str = key("step", "what to draw the losses over", "Picture", choices="step|tokens|time")
+    out: str = key("", "the picture's file; '': RUN/loss.png or comparison.png")
+
+
+@exit_code
+def main(argv: list[str]) -> None:
+    """Draw the picture and say where it is."""
+    if {"-h", "--help"} & set(argv):
+        print("\n".join([USAGE, "", PlotConfig.__doc__ or "", *keys(PlotConfig)]))
+        return
+    flags = [item for item in argv if item.startswith("--")]
+    config = parse(flags, PlotConfig)
+    runs = [item for item in argv if item not in flags]
+    if len(runs) > 1 and Path(runs[-1]).suffix.lower() in SUFFIXES and not config.out:
+        *runs, out = runs
+    else:
+        out = config.out
+    if not runs:
+        raise UserError(f"no run is named; {USAGE}")
+    print(plot([Path(run) for run in runs], Path(out) if out else None, config.x))
+
+
+def plot(runs: Sequence[Path], destination: Path | None = None, x: str = "step") -> Path:
+    """Write the picture of these runs, and return its path: ``destination`` or the usual one.
+
+    A run is an out_dir or a metrics.jsonl; ``x`` is "step", "tokens" or "time". Raises UserError
+    where there is no run, where it does not know ``x``, and where nothing can be written.
+    """
+    paths = [run if run.is_file() else run / "metrics.jsonl" for run in runs]
+    for path in paths:
+        if not path.is_file():
+            raise UserError(f"{path} is not there: name the out_dir of a run, or its metrics.jsonl")
+    try:
+        logs = [Log(path).read() for path in {path.resolve(): path for path in paths}.values()]
+    except OSError as error:
+        raise UserError(f"the metrics cannot be read: {error}") from None
+    if len(logs) > 1:
+        return save(comparison_picture(logs, x), destination or Path("comparison.png"))
+    return save(run_picture(logs[0], x), destination or paths[0].parent / "loss.png")

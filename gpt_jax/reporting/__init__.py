@@ -38,15 +38,19 @@ class Report:
         peak = config.peak_flops or peak_flops(mesh.devices.flat[0])
         self.peak = peak * mesh.size if peak else None
         self.sinks: list[Any] = []  # of process 0 alone
+        self.picture = None  # of process 0 too
         self.first, self.tokens, self.seconds = meta["iter"], 0, 0.0  # before the first iteration
         self.skipped = None  # updates left out in all, as last heard
         self.wandb_id = wandb.id if wandb else None
         if is_first():
+            from gpt_jax.plot.background import LossPicture  # above: it knows is_entry
+
+            self.picture = LossPicture(config.out_dir)
             path = Path(config.out_dir) / "metrics.jsonl"
             with written(path):
                 self.tokens, self.seconds = so_far(path, meta, tokens_per_iter)
                 keep_before(path, self.first)
-            self.sinks = [Jsonl(path), *([wandb] if wandb else [])]
+            self.sinks = [Jsonl(path, self.first), *([wandb] if wandb else [])]
             if config.tensorboard:
                 self.sinks.append(TensorBoard(path.with_name("tensorboard"), self.first))
         self.live = sys.stdout.isatty()
@@ -111,6 +115,9 @@ class Report:
         self.say(f"step {iteration}: train loss {train_loss:.4f}, val loss {val_loss:.4f}")
         self.write({"iter": iteration, "train_loss": train_loss, "val_loss": val_loss, "lr": lr,
                     **self.place(iteration)})  # fmt: skip
+        if self.picture:
+            self.picture.draw()
+            self.complain()
 
     def place(self, iteration: int) -> dict[str, Any]:
         """Return how far training has come before an iteration: in tokens, and in seconds."""
@@ -120,6 +127,11 @@ class Report:
     def say(self, line: str) -> None:
         """Print a line, over the progress line if there is one."""
         print(f"\r\033[K{line}" if self.live else line, flush=True)
+
+    def complain(self) -> None:
+        """Say why there is no picture, if there is none and it has not been said."""
+        if self.picture and (line := self.picture.complaint()):
+            self.say(line)
 
     def write(self, entry: dict[str, Any]) -> None:
         """Give an entry, names to numbers, to every sink."""
@@ -133,6 +145,9 @@ class Report:
 
     def close(self) -> None:
         """End the progress line and the files."""
+        if self.picture:
+            self.picture.close()
+            self.complain()
         if self.live:
             print("\r\033[K", end="", flush=True)
         for sink in self.sinks:

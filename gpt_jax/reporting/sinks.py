@@ -21,18 +21,22 @@ NANOGPTS = {"train_loss": "train/loss", "val_loss": "val/loss"}  # its names of 
 
 
 class Jsonl:
-    """A file of one JSON object a line, each there to be read at once."""
+    """A file of one JSON object a line, each there to be read at once.
 
-    def __init__(self, path: Path):
-        self.path = path
+    The first line of a run that goes on from ``iteration`` has it under "resumed", for a picture.
+    """
+
+    def __init__(self, path: Path, iteration: int):
+        self.path, self.mark = path, {"resumed": iteration} if iteration else {}
         with written(path):
             self.file = path.open("a", encoding="utf-8")
 
     def write(self, entry: dict[str, Any]) -> None:
         """Add an entry; RunError where the disk takes no more."""
         with written(self.path):
-            self.file.write(json.dumps(entry) + "\n")
+            self.file.write(json.dumps(entry | self.mark) + "\n")
             self.file.flush()
+        self.mark = {}
 
     def close(self) -> None:
         """Close the file."""

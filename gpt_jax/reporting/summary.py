@@ -9,7 +9,6 @@ import jax
 from gpt_jax.config import TrainConfig
 from gpt_jax.evaluation import Evaluation
 from gpt_jax.model import GPT
-from gpt_jax.plot import plot
 from gpt_jax.runtime import is_first
 from gpt_jax.sampling import generate
 from gpt_jax.scripts import as_typed
@@ -39,7 +38,8 @@ def summary(
     out = Path(config.out_dir)
     print(f"checkpoints: {out / 'checkpoints'}")
     print(f"metrics:     {out / 'metrics.jsonl'}")
-    print(f"picture:     {plot(config.out_dir)}")
+    if (out / "loss.png").is_file():
+        print(f"picture:     {out / 'loss.png'}")
     flag = "" if config.out_dir == "out" else f" --out_dir={config.out_dir}"
     print("next:")
     prompt = f' --start="{start}"' if start.strip() else ""
