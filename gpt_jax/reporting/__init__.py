@@ -1,15 +1,17 @@
-"""What a run tells of itself: log lines, metrics.jsonl, Weights & Biases, a progress line."""
+"""What a run tells of itself: log lines, metrics.jsonl, Weights & Biases, a terminal's foot."""
 
+import functools
 import json
-import sys
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
+from gpt_jax.checkpoint import Checkpoints
 from gpt_jax.config import TrainConfig
 from gpt_jax.errors import UserError
 from gpt_jax.integrity import replace_file, written
@@ -17,8 +19,13 @@ from gpt_jax.kernels import why_not
 from gpt_jax.metrics import flops_per_token
 from gpt_jax.model import GPT, count_params
 from gpt_jax.optimizer import decayed
+from gpt_jax.reporting.memory import memory
 from gpt_jax.reporting.peak import peak_flops
+from gpt_jax.reporting.progress import Progress
+from gpt_jax.reporting.terminal import Foot, compiling, evaluating, is_live, waiting
 from gpt_jax.runtime import is_first
+
+__all__ = ["Report", "evaluating"]
 
 
 class Report:
@@ -39,7 +46,10 @@ class Report:
             with written(self.path):
                 keep_before(self.path, meta["iter"])
                 self.file = self.path.open("a", encoding="utf-8")
-        self.live = sys.stdout.isatty()
+        self.progress = Progress(
+            config, meta, tokens_per_iter, self.flops, self.peak, functools.partial(memory, mesh)
+        )
+        self.first_step = ExitStack()  # what is said until it is done
         self.steps, self.speed = 0, 0.0
         logs = config.wandb_log and is_first()
         self.wandb = start_wandb(config, meta.get("wandb_id")) if logs else None
@@ -60,44 +70,69 @@ class Report:
             numbers = f"loss {metrics['loss']:.4f}, gradient norm {metrics['grad_norm']:.4f}"
             self.say(f"iter {iteration}: update left out: {numbers} ({skipped} so far)")
         self.skipped = skipped
-        if iteration % self.config.log_interval == 0 or self.live:
+        self.first_step.close()
+        self.progress.stepped(iteration, metrics["loss"])
+        if iteration % self.config.log_interval == 0:
             self.speak(iteration, metrics, lr)
         return in_a_row
 
     def speak(self, iteration: int, metrics: dict[str, float], lr: float) -> None:
-        """Give the log line of an iteration, where one is due, and the progress line."""
+        """Give the log line of an iteration, and its line in metrics.jsonl."""
         now = time.perf_counter()
         seconds = (now - self.since) / self.steps
         rate = self.tokens_per_iter / seconds
         mfu = self.flops / seconds / self.peak if self.peak else None
-        if iteration % self.config.log_interval == 0:
-            share = "n/a" if mfu is None else f"{100 * mfu:.2f}%"
-            line = f"loss {metrics['loss']:.4f}, time {1000 * seconds:.2f}ms, mfu {share}"
-            self.say(f"iter {iteration}: {line}")
-            self.write({"iter": iteration, "loss": metrics["loss"], "lr": lr,
-                        "grad_norm": metrics["grad_norm"], "skipped": self.skipped,
-                        "tokens_per_second": round(rate, 1),
-                        **({} if mfu is None else {"mfu": round(mfu, 5)})})  # fmt: skip
-            self.steps, self.since = 0, now
-            self.speed = rate
-        if self.live and self.speed:
-            left = (self.config.max_iters - iteration - 1) * self.tokens_per_iter / self.speed
-            done = (iteration + 1) / self.config.max_iters
-            text = f"{done:4.0%}  {self.speed:,.0f} tokens/s  {duration(left)} left"
-            print(f"\r\033[K{text}\r", end="", flush=True)
+        share = "n/a" if mfu is None else f"{100 * mfu:.2f}%"
+        line = f"loss {metrics['loss']:.4f}, time {1000 * seconds:.2f}ms, mfu {share}"
+        self.say(f"iter {iteration}: {line}")
+        self.write({"iter": iteration, "loss": metrics["loss"], "lr": lr,
+                    "grad_norm": metrics["grad_norm"], "skipped": self.skipped,
+                    "tokens_per_second": round(rate, 1),
+                    **({} if mfu is None else {"mfu": round(mfu, 5)})})  # fmt: skip
+        self.steps, self.since = 0, now
+        self.speed = rate
 
     def evaluation(self, iteration: int, train_loss: float, val_loss: float, lr: float) -> None:
         """Tell of an evaluation, losses in nats/token."""
         self.say(f"step {iteration}: train loss {train_loss:.4f}, val loss {val_loss:.4f}")
+        self.progress.evaluated(iteration, val_loss)
         self.write({"iter": iteration, "train_loss": train_loss, "val_loss": val_loss})
         if self.wandb:
             mfu = self.flops / self.tokens_per_iter * self.speed / self.peak if self.peak else 0
             self.wandb.log({"iter": iteration, "train/loss": train_loss, "val/loss": val_loss,
                             "lr": lr, "mfu": 100 * mfu})  # fmt: skip
 
+    def saving(self, iteration: int) -> None:
+        """Tell of a checkpoint that is about to be saved."""
+        self.say(f"saving checkpoint to {self.config.out_dir}")
+        self.progress.saving(iteration)
+
+    @contextmanager
+    def watching(self, checkpoints: Checkpoints) -> Iterator[None]:
+        """Show at the foot of a terminal how far a run is, until its checkpoints are whole."""
+        self.progress.checkpoints = checkpoints
+        with ExitStack() as shown:
+            if is_live():
+                shown.enter_context(Foot(self.progress.lines))
+            shown.callback(self.first_step.close)
+            if self.progress.done % self.config.eval_interval:
+                self.await_first_step()
+            try:
+                yield
+            finally:
+                self.first_step.close()
+                if checkpoints.saving:
+                    shown.enter_context(waiting("writing the checkpoint"))
+                checkpoints.close()
+
+    def await_first_step(self) -> None:
+        """Say what is waited for until the first step is told of, if there will be one."""
+        if self.progress.done < self.config.max_iters:
+            self.first_step.enter_context(compiling("training"))
+
     def say(self, line: str) -> None:
-        """Print a line, over the progress line if there is one."""
-        print(f"\r\033[K{line}" if self.live else line, flush=True)
+        """Print a line at once."""
+        print(line, flush=True)
 
     def write(self, entry: dict[str, Any]) -> None:
         """Add an object to metrics.jsonl, there to be read at once."""
@@ -109,14 +144,14 @@ class Report:
     def resume_clock(self) -> None:
         """Leave what has passed since the last step, an evaluation or a save, out of the speed."""
         self.since, self.steps = time.perf_counter(), 0
+        self.progress.resumed()
+        self.await_first_step()
 
     def close(self) -> None:
-        """End the progress line and the files."""
+        """End the files."""
         if self.file:
             with suppress(OSError):  # of a line that could not be written, and has been told of
                 self.file.close()
-        if self.live:
-            print("\r\033[K", end="", flush=True)
         if self.wandb:
             self.wandb.finish()
 
@@ -160,14 +195,6 @@ def kernels(config: TrainConfig, mesh: Mesh, dtype: str) -> str:
     return (
         f"\nwithout the kernels for LayerNorm and the loss: {reason}" if chosen and reason else ""
     )
-
-
-def duration(seconds: float) -> str:
-    """Return seconds as people say them: 42s, 3m 20s, 5h 12m."""
-    minutes, hours = int(seconds / 60), int(seconds / 3600)
-    if hours:
-        return f"{hours}h {minutes % 60:02}m"
-    return f"{minutes}m {int(seconds % 60):02}s" if minutes else f"{seconds:.0f}s"
 
 
 def keep_before(path: Path, iteration: int) -> None:
