@@ -73,9 +73,10 @@ class Progress:
 
     def left(self) -> float:
         """Return the seconds that the rest will take, as the last iterations and evaluation did."""
-        steps, every = self.config.max_iters - self.done, self.config.eval_interval
-        evaluations = self.config.max_iters // every - (self.done - 1) // every
-        return max(steps, 0) * self.speed() + max(evaluations, 1) * self.pause
+        end, every = self.config.max_iters, self.config.eval_interval
+        evaluations = end // every - (self.done - 1) // every + (end % every > 0)
+        evaluations -= self.val is not None and self.val[0] == self.done
+        return max(end - self.done, 0) * self.speed() + evaluations * self.pause
 
     def lines(self, width: int) -> list[Text]:
         """Return the three lines, of at most ``width`` columns."""
@@ -88,7 +89,8 @@ class Progress:
         end = max(self.config.max_iters, 1)
         share = min(self.done / end, 1)
         before = f"step {self.done:,}/{end:,} "
-        left = "" if math.isnan(self.left()) else f"  {duration(self.left())} left"
+        left = self.left()  # nan before there is a speed
+        left = f"  {duration(left)} left" if left > 0 else ""
         after = f" {math.floor(100 * share):3}%{left}"
         columns = width - len(before) - len(after)
         if columns < SHORTEST_BAR:
@@ -108,7 +110,10 @@ class Progress:
             found.append(fact("", f"{self.tokens_per_iter / seconds:,.0f}", " tokens/s"))
             if self.peak:
                 found.append(fact("mfu", f"{self.flops / seconds / self.peak:.1%}"))
-        return [*found, *(fact("peak", size, f" ({which})") for which, size in self.peak_memory())]
+        return [
+            *found,
+            *(fact("peak memory", size, f" ({which})") for which, size in self.peak_memory()),
+        ]
 
     def kept(self) -> list[Text]:
         """Return what is true of the evaluation and the checkpoint before."""
@@ -122,9 +127,9 @@ class Progress:
         ago = f", {duration(time.perf_counter() - self.saved_at)} ago" if self.saved_at else ""
         writing = self.checkpoints and self.checkpoints.saving
         if writing and not writing.done():
-            found.append(fact("writing checkpoint", f"{self.saved:,}"))
+            found.append(fact("saving", f"{self.saved:,}"))
         elif self.saved:
-            found.append(fact("checkpoint", f"{self.saved:,}", ago))
+            found.append(fact("saved", f"{self.saved:,}", ago))
         return found
 
     def peak_memory(self) -> list[tuple[str, str]]:

@@ -11,6 +11,7 @@ import jax
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from gpt_jax.evaluation import Evaluation
 from gpt_jax.model import GPT
@@ -27,9 +28,11 @@ def summary(report: Report, val: Evaluation, model: GPT, params: Any, tokenizer:
     """Say how a run ended: its losses and its cost, a sample if one is asked for, and what next."""
     config = report.config
     bits = "" if val.bits_per_byte is None else f", {val.bits_per_byte:.4f} bits/byte"
-    print(f"\nval loss {val.loss:.4f} nats/token{bits}")
+    loss = f"{val.loss:.4f} nats/token{bits}"
+    if not is_live():
+        print(f"\nval loss {loss}")
     if is_first():
-        show(facts(report))
+        show(facts(report), loss)
     start = "def " if config.dataset == "pystdlib" else "\n"
     if config.sample_tokens:
         with waiting(f"drawing a sample of {config.sample_tokens} tokens"):
@@ -77,8 +80,8 @@ def facts(report: Report) -> dict[str, str]:
     }
 
 
-def show(facts: dict[str, str]) -> None:
-    """Print facts, one a line; on a terminal as a table."""
+def show(facts: dict[str, str], loss: str) -> None:
+    """Print facts, one a line; on a terminal as a table, with the last loss at its head."""
     if not is_live():
         width = max(map(len, facts)) + 1
         print(*(f"{f'{name}:':{width}} {fact}" for name, fact in facts.items()), sep="\n")
@@ -86,6 +89,6 @@ def show(facts: dict[str, str]) -> None:
     table = Table(box=box.HORIZONTALS, show_header=False)
     table.add_column(style="dim")
     table.add_column(overflow="fold")
-    for name, fact in facts.items():
-        table.add_row(name, fact)
+    for name, fact in {"val loss": loss, **facts}.items():
+        table.add_row(name, Text(fact))
     Console(file=sys.stdout, highlight=False).print(table)

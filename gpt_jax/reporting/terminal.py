@@ -111,7 +111,7 @@ class Foot:
         # past what W&B listens to, and past what ends the process where nobody reads
         self.raw = self.stream.stream if isinstance(self.stream, Output) else self.stream
         self.console = Console(file=self.raw, highlight=False)
-        self.text = ""  # what was drawn last
+        self.text, self.lengths = "", [0]  # what was drawn last, and how long its lines are
         self.lock, self.over = threading.RLock(), threading.Event()
 
     def __enter__(self) -> "Foot":
@@ -161,6 +161,7 @@ class Foot:
             if self.over.is_set() or captured.get() == self.text or not self.in_foreground():
                 return
             self.text = captured.get()
+            self.lengths = [min(line.cell_len, width - 1) for line in lines]
             # line over line, and only then what is left below: it does not flicker
             text = self.text.replace("\n", "\033[K\n")
             self.put(f"{up(rows)}{text}\033[J")
@@ -169,7 +170,10 @@ class Foot:
         """Return how many lines above the cursor are the foot."""
         if not self.in_foreground():
             self.text = ""  # by now they are the shell's
-        return self.text.count("\n")
+        if not self.text:
+            return 0
+        width = self.size()[0]  # a terminal that has become narrower since has wrapped them
+        return sum(math.ceil(max(columns, 1) / width) for columns in self.lengths)
 
     def in_foreground(self) -> bool:
         """Return whether the terminal is this process's: after `bg` it is the shell's."""
