@@ -50,7 +50,7 @@ class Progress:
     def evaluated(self, iteration: int, val_loss: float) -> None:
         """Note a loss in nats/token."""
         self.val = iteration, val_loss
-        if val_loss < self.best[1]:
+        if val_loss <= self.best[1]:
             self.best = self.val
 
     def resumed(self) -> None:

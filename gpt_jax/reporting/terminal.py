@@ -8,6 +8,7 @@ each line that is printed, where here what was drawn last is kept as text (docs/
 Where stdout is no terminal nothing is drawn, and a wait is one plain line of the log.
 """
 
+import io
 import math
 import os
 import sys
@@ -25,6 +26,7 @@ from gpt_jax.runtime.signals import Output
 
 PERIOD = 0.25  # seconds from one drawing to the next
 WIDEST = 120  # columns: a longer line is hard to read
+ASCII = str.maketrans("━─", "#-")  # where a terminal may not know the lines of a bar
 waits: list["Wait"] = []  # what is waited for now, the innermost last
 compiled: set[str] = set()  # steps that need not be compiled again
 
@@ -110,7 +112,8 @@ class Foot:
         self.stream: Any = sys.stdout
         # past what W&B listens to, and past what ends the process where nobody reads
         self.raw = self.stream.stream if isinstance(self.stream, Output) else self.stream
-        self.console = Console(file=self.raw, highlight=False)
+        # to a string: rich itself would write, if only "", where it may fail
+        self.console = Console(file=io.StringIO(), force_terminal=True, highlight=False)
         self.text, self.lengths = "", [0]  # what was drawn last, and how long its lines are
         self.lock, self.over = threading.RLock(), threading.Event()
 
@@ -201,6 +204,8 @@ class Foot:
 
     def put(self, text: str) -> None:
         """Write to the terminal; if it is gone, the log will tell."""
+        if not str(self.raw.encoding).lower().startswith("utf"):
+            text = text.translate(ASCII)
         with suppress(OSError):
             self.raw.write(text)
             self.raw.flush()
