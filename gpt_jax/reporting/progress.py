@@ -36,7 +36,8 @@ class Progress:
         self.begun = self.before = time.perf_counter()
         self.pause = 0.0  # seconds of the last evaluation, with the save that followed it
         self.val: tuple[int, float] | None = None  # iteration and loss
-        self.best: tuple[int | None, float] = None, meta["best_val_loss"] or math.inf
+        best = meta.get("best_val_loss")
+        self.best: tuple[int | None, float] = None, math.inf if best is None else best
         self.saved, self.saved_at = meta.get("saved", meta["iter"]), None
         self.checkpoints: Any = None
 
