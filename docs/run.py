@@ -17,8 +17,8 @@ FLAGS = ["--log_interval=250"]
 MOMENT = "step 1,2"  # of 2,000
 
 sys.path.insert(0, str(DOCS.parent))
-import train
-from gpt_jax.reporting.terminal import Foot
+import train  # noqa: E402
+from gpt_jax.reporting.terminal import Foot  # noqa: E402
 
 
 class Terminal(io.StringIO):
