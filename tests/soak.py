@@ -520,13 +520,13 @@ def metas(out_dir: Path, step: int) -> dict[str, Any]:
 
 
 def told(out_dir: Path) -> list[dict[str, Any]]:
-    """Return the lines of metrics.jsonl without how fast each was."""
+    """Return the lines of metrics.jsonl without how fast each was, and in how much memory."""
     lines = (out_dir / "metrics.jsonl").read_text("utf-8").splitlines()
     return [
         {
             name: x
             for name, x in json.loads(line).items()
-            if name not in ("tokens_per_second", "mfu")
+            if name not in ("tokens_per_second", "mfu", "time", "host_memory_peak")
         }
         for line in lines
     ]

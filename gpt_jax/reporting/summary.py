@@ -21,6 +21,7 @@ from gpt_jax.reporting.progress import duration
 from gpt_jax.reporting.terminal import is_live, waiting
 from gpt_jax.runtime import is_first
 from gpt_jax.sampling import generate
+from gpt_jax.scripts import as_typed
 from gpt_jax.tokenizer import Tokenizer
 
 
@@ -50,8 +51,9 @@ def summary(report: Report, val: Evaluation, model: GPT, params: Any, tokenizer:
     flag = "" if config.out_dir == "out" else f" --out_dir={config.out_dir}"
     print("next:")
     prompt = f' --start="{start}"' if start.strip() else ""
-    print(f"  python sample.py{flag}{prompt} --num_samples=3")
-    print(f"  python train.py --init_from=resume{flag} --max_iters={2 * config.max_iters}")
+    print(as_typed(f"  python sample.py{flag}{prompt} --num_samples=3"))
+    more = f"--init_from=resume{flag} --max_iters={2 * config.max_iters}"
+    print(as_typed(f"  python train.py {more}"))
 
 
 def facts(report: Report) -> dict[str, str]:
@@ -61,13 +63,12 @@ def facts(report: Report) -> dict[str, str]:
         e["iter"]: e["val_loss"] for _, e in entries(out / "metrics.jsonl") if "val_loss" in e
     }
     best = min(losses, key=lambda n: (math.isnan(losses[n]), losses[n]), default=0)
-    done = progress.done - progress.first
-    found = {"best val loss": f"{losses.get(best, math.nan):.4f} at iteration {best:,}"}
-    if done:
-        since = f", from {progress.first:,} on" if progress.first else ""
-        tokens = f"{done * report.tokens_per_iter:,}"
-        found["tokens seen"] = f"{tokens} in {done:,} iterations{since}"
-    found["wall time"] = duration(progress.lasted())
+    since = f" (since iteration {progress.first:,})" if progress.first else ""
+    found = {
+        "best val loss": f"{losses.get(best, math.nan):.4f} at iteration {best:,}",
+        "tokens seen": f"{report.place(progress.done)['tokens']:,}",
+        "wall time": f"{duration(progress.lasted())}{since}",
+    }
     if progress.seconds:
         speed = report.tokens_per_iter / statistics.median(progress.seconds)
         found["speed"] = f"{speed:,.0f} tokens/s (median)"
