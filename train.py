@@ -91,10 +91,11 @@ def train(config: TrainConfig, stop: Stop) -> None:
     }
 
     def loss_of(name: str, counting_bytes: bool = False) -> Evaluation:
-        return evaluate(
-            eval_step, state.params, splits[name], starts[name], B, mesh,
-            tokenizer if counting_bytes else None, stop.now,
-        )  # fmt: skip
+        with reporting.evaluating(name, len(starts[name]) / B, stop.now) as stopped:
+            return evaluate(
+                eval_step, state.params, splits[name], starts[name], B, mesh,
+                tokenizer if counting_bytes else None, stopped,
+            )  # fmt: skip
 
     if config.eval_only:
         train, val = loss_of("train"), loss_of("val")
@@ -112,6 +113,7 @@ def train(config: TrainConfig, stop: Stop) -> None:
         nonlocal at
         losses = {"best_val_loss": best, "val_loss": val_loss}
         if iteration != at:
+            report.saving(iteration)
             checkpoints.save(
                 state,
                 {"iter": iteration, **losses, "wandb_id": report.wandb_id, "config": vars(config),
@@ -128,8 +130,6 @@ def train(config: TrainConfig, stop: Stop) -> None:
         improved = val.loss < (math.inf if best is None else best)  # which nan is not
         best = val.loss if improved else best
         if improved or config.always_save_checkpoint or last:
-            if iteration:
-                report.say(f"saving checkpoint to {config.out_dir}")
             save(iteration, val.loss)
         report.resume_clock()
         return val
@@ -140,7 +140,7 @@ def train(config: TrainConfig, stop: Stop) -> None:
         checkpoints.check()
 
     pending = None  # the metrics of the iteration before: read while the device does this one
-    with closing(report), closing(checkpoints):
+    with closing(report), report.watching(checkpoints):
         stream = batches(
             splits["train"], (A, B), config.seed, meta["iter"], batch_sharding(mesh, 3)
         )
@@ -179,7 +179,7 @@ def train(config: TrainConfig, stop: Stop) -> None:
     elif stopped:
         print(f"stopped at iteration {at} and saved: --init_from=resume goes on from there")
     else:
-        summary(config, val, model, state.params, tokenizer)
+        summary(report, val, model, state.params, tokenizer)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ nanoGPT's ckpt.pt the network's sizes lie over the config files, as in nanoGPT's
 
 import json
 import os
+import shutil
+import sys
 import textwrap
 from contextlib import suppress
 from dataclasses import fields
@@ -148,9 +150,10 @@ def read_prompt(start: str) -> str:
 
 
 def compact(config: Checked) -> str:
-    """Return the keys that differ from their defaults, in lines of at most 100 columns."""
+    """Return the keys that differ from their defaults, in lines that fit the terminal, or 100."""
+    width = min(100, shutil.get_terminal_size().columns) if sys.stdout.isatty() else 100
     pairs = [(f, getattr(config, f.name)) for f in in_order(type(config))]
-    return textwrap.fill(" ".join(f"{f.name}={v!r}" for f, v in pairs if v != f.default), 100)
+    return textwrap.fill(" ".join(f"{f.name}={v!r}" for f, v in pairs if v != f.default), width)
 
 
 def save_config(config: TrainConfig) -> None:

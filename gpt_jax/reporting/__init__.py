@@ -1,15 +1,18 @@
-"""What a run tells of itself: log lines, a progress line, and the numbers that sinks.py keeps."""
+"""What a run tells of itself: log lines, a terminal's foot, the numbers that sinks.py keeps."""
 
+import functools
 import json
 import math
-import sys
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
+from gpt_jax.checkpoint import Checkpoints
 from gpt_jax.config import TrainConfig
 from gpt_jax.integrity import replace_file, written
 from gpt_jax.kernels import why_not
@@ -19,8 +22,12 @@ from gpt_jax.optimizer import decayed
 from gpt_jax.reporting.memory import memory
 from gpt_jax.reporting.norms import as_floats, parameter_norms
 from gpt_jax.reporting.peak import peak_flops
+from gpt_jax.reporting.progress import Progress
 from gpt_jax.reporting.sinks import Jsonl, TensorBoard, Wandb
+from gpt_jax.reporting.terminal import Foot, compiling, evaluating, is_live, waiting
 from gpt_jax.runtime import is_first
+
+__all__ = ["Report", "evaluating"]
 
 # what makes the tokens of an iteration
 BATCH = ("gradient_accumulation_steps", "batch_size", "block_size")
@@ -53,8 +60,11 @@ class Report:
             self.sinks = [Jsonl(path, self.first), *([wandb] if wandb else [])]
             if config.tensorboard:
                 self.sinks.append(TensorBoard(path.with_name("tensorboard"), self.first))
-        self.live = sys.stdout.isatty()
-        self.steps, self.speed = 0, 0.0
+        self.progress = Progress(
+            config, meta, tokens_per_iter, self.flops, self.peak, functools.partial(memory, mesh)
+        )
+        self.first_step = ExitStack()  # what is said until it is done
+        self.steps = 0
         self.norms_of = parameter_norms(config, mesh)
         self.since = self.counted = time.perf_counter()
 
@@ -81,38 +91,34 @@ class Report:
             numbers = f"loss {metrics['loss']:.4f}, gradient norm {metrics['grad_norm']:.4f}"
             self.say(f"iter {iteration}: update left out: {numbers} ({skipped} so far)")
         self.skipped = skipped
-        if iteration % self.config.log_interval == 0 or self.live:
+        self.first_step.close()
+        self.progress.stepped(iteration, metrics["loss"])
+        if iteration % self.config.log_interval == 0:
             self.speak(iteration, metrics, lr)
         return in_a_row
 
     def speak(self, iteration: int, metrics: dict[str, float], lr: float) -> None:
-        """Give the log line of an iteration, where one is due, and the progress line."""
+        """Give the log line of an iteration, and its line in metrics.jsonl."""
         now = time.perf_counter()
         seconds = (now - self.since) / self.steps
         rate = self.tokens_per_iter / seconds
         mfu = self.flops / seconds / self.peak if self.peak else None
-        if iteration % self.config.log_interval == 0:
-            share = "n/a" if mfu is None else f"{100 * mfu:.2f}%"
-            line = f"loss {metrics['loss']:.4f}, time {1000 * seconds:.2f}ms, mfu {share}"
-            self.say(f"iter {iteration}: {line}")
-            self.write({
-                "iter": iteration, "loss": metrics["loss"], "lr": lr,
-                **{name: x for name, x in metrics.items() if "_norm" in name},
-                "skipped": self.skipped, **self.place(iteration + 1),
-                "tokens_per_second": round(rate, 1),
-                **({} if mfu is None else {"mfu": round(mfu, 5)}), **memory(self.mesh),
-            })  # fmt: skip
-            self.steps, self.since = 0, now
-            self.speed = rate
-        if self.live and self.speed:
-            left = (self.config.max_iters - iteration - 1) * self.tokens_per_iter / self.speed
-            done = (iteration + 1) / self.config.max_iters
-            text = f"{done:4.0%}  {self.speed:,.0f} tokens/s  {duration(left)} left"
-            print(f"\r\033[K{text}\r", end="", flush=True)
+        share = "n/a" if mfu is None else f"{100 * mfu:.2f}%"
+        line = f"loss {metrics['loss']:.4f}, time {1000 * seconds:.2f}ms, mfu {share}"
+        self.say(f"iter {iteration}: {line}")
+        self.write({
+            "iter": iteration, "loss": metrics["loss"], "lr": lr,
+            **{name: x for name, x in metrics.items() if "_norm" in name},
+            "skipped": self.skipped, **self.place(iteration + 1),
+            "tokens_per_second": round(rate, 1),
+            **({} if mfu is None else {"mfu": round(mfu, 5)}), **memory(self.mesh),
+        })  # fmt: skip
+        self.steps, self.since = 0, now
 
     def evaluation(self, iteration: int, train_loss: float, val_loss: float, lr: float) -> None:
         """Tell of an evaluation, losses in nats/token."""
         self.say(f"step {iteration}: train loss {train_loss:.4f}, val loss {val_loss:.4f}")
+        self.progress.evaluated(iteration, val_loss)
         self.write({"iter": iteration, "train_loss": train_loss, "val_loss": val_loss, "lr": lr,
                     **self.place(iteration)})  # fmt: skip
         if self.picture:
@@ -124,9 +130,37 @@ class Report:
         tokens = self.tokens + (iteration - self.first) * self.tokens_per_iter
         return {"tokens": tokens, "time": round(self.seconds, 3)}
 
+    def saving(self, iteration: int) -> None:
+        """Tell of a checkpoint that is about to be saved."""
+        self.say(f"saving checkpoint to {self.config.out_dir}")
+        self.progress.saving(iteration)
+
+    @contextmanager
+    def watching(self, checkpoints: Checkpoints) -> Iterator[None]:
+        """Show at the foot of a terminal how far a run is, until its checkpoints are whole."""
+        self.progress.checkpoints = checkpoints
+        with ExitStack() as shown:
+            if is_live():
+                shown.enter_context(Foot(self.progress.lines))
+            shown.callback(self.first_step.close)
+            if self.progress.done % self.config.eval_interval:
+                self.await_first_step()
+            try:
+                yield
+            finally:
+                self.first_step.close()
+                if checkpoints.saving:
+                    shown.enter_context(waiting("writing the checkpoint"))
+                checkpoints.close()
+
+    def await_first_step(self) -> None:
+        """Say what is waited for until the first step is told of, if there will be one."""
+        if self.progress.done < self.config.max_iters:
+            self.first_step.enter_context(compiling("training"))
+
     def say(self, line: str) -> None:
-        """Print a line, over the progress line if there is one."""
-        print(f"\r\033[K{line}" if self.live else line, flush=True)
+        """Print a line at once."""
+        print(line, flush=True)
 
     def complain(self) -> None:
         """Say why there is no picture, if there is none and it has not been said."""
@@ -142,14 +176,14 @@ class Report:
         """Leave what has passed since the last step, an evaluation or a save, out of the speed."""
         self.since = self.counted = time.perf_counter()
         self.steps = 0
+        self.progress.resumed()
+        self.await_first_step()
 
     def close(self) -> None:
-        """End the progress line and the files."""
+        """End the picture and the files."""
         if self.picture:
             self.picture.close()
             self.complain()
-        if self.live:
-            print("\r\033[K", end="", flush=True)
         for sink in self.sinks:
             sink.close()
 
@@ -193,14 +227,6 @@ def kernels(config: TrainConfig, mesh: Mesh, dtype: str) -> str:
     return (
         f"\nwithout the kernels for LayerNorm and the loss: {reason}" if chosen and reason else ""
     )
-
-
-def duration(seconds: float) -> str:
-    """Return seconds as people say them: 42s, 3m 20s, 5h 12m."""
-    minutes, hours = int(seconds / 60), int(seconds / 3600)
-    if hours:
-        return f"{hours}h {minutes % 60:02}m"
-    return f"{minutes}m {int(seconds % 60):02}s" if minutes else f"{seconds:.0f}s"
 
 
 def so_far(path: Path, meta: dict[str, Any], tokens_per_iter: int) -> tuple[int, float]:

@@ -32,6 +32,7 @@ PERIOD = 2  # seconds from one sign of life to the next
 BARRIER = 24 * 3600  # seconds: the dead are found by their silence, the slow are waited for
 MAY_DIFFER = {"process_id", "wandb_run_name"}  # keys that change nothing the processes share
 kept_alive: list[Any] = []  # what C code may still call
+before_leaving: list[Callable[[], None]] = []  # what gives the terminal back
 numbers = count()  # barriers and boards are used once: each gets a number, the same everywhere
 
 
@@ -140,6 +141,8 @@ def give_up(config: TrainConfig | LoadConfig) -> None:
 
 def leave(code: int, line: str) -> None:
     """End the process at once, from any thread, whatever its main thread waits for."""
+    for give_back in before_leaving:
+        give_back()
     sys.stdout.flush()
     print(line, file=sys.stderr, flush=True)
     os._exit(code)

@@ -20,6 +20,7 @@ from gpt_jax.interop import gpt2, nanogpt_checkpoint
 from gpt_jax.model import GPT
 from gpt_jax.optimizer import make_optimizer
 from gpt_jax.pretrained import load, model_config
+from gpt_jax.reporting.terminal import waiting
 from gpt_jax.runtime import barrier, is_first
 from gpt_jax.runtime.running import LOCK
 from gpt_jax.sharding import placed, state_sharding
@@ -97,7 +98,8 @@ def resume(
         try:
             check_sizes(path / "params", model.config)
             like = placed(mesh, jax.eval_shape(first_state(config, model)))
-            state = checkpoint.restore(config.out_dir, step, like, meta)
+            with waiting(f"restoring iteration {step:,} from {config.out_dir}"):
+                state = checkpoint.restore(config.out_dir, step, like, meta)
         except DamageError as error:
             pass_over(config, error)
             earlier = saved_meta(config, before=step)
@@ -153,7 +155,8 @@ def finetune(
     config: TrainConfig, dtype: str, tokenizer: Tokenizer, mesh: Mesh
 ) -> tuple[GPT, TrainState]:
     """Return a pretrained model, its context cropped to block_size, and a first state with it."""
-    model, params, its = load(config.init_from, dtype=dtype, mesh=mesh)
+    with waiting(f"loading the weights of {config.init_from}"):
+        model, params, its = load(config.init_from, dtype=dtype, mesh=mesh)
     refuse_another_tokenizer(config.init_from, its.to_json(), tokenizer)
     params = crop_block_size(params, config.block_size)
     key = jax.random.split(jax.random.key(config.seed))[1]
