@@ -26,6 +26,8 @@ from gpt_jax.prepare.checked import open_dataset, sizes
 from gpt_jax.prepare.mixture import prepare_sets
 from gpt_jax.pretrained import product_dtype
 from gpt_jax.reporting.bad_numbers import why
+from gpt_jax.reporting.norms import gradient_norms
+from gpt_jax.reporting.sinks import check_installed, start_wandb
 from gpt_jax.reporting.summary import summary
 from gpt_jax.runtime import Stop, agree, connected, in_turn, use_platform
 from gpt_jax.runtime.running import running
@@ -46,6 +48,7 @@ def train(config: TrainConfig, stop: Stop) -> None:
     """Train, from the config to the last checkpoint, or to where a signal stops it."""
     # ---- 1. What is asked for -------------------------------------------------------------------
     print(compact(config), *notes(config), sep="\n")
+    check_installed(config)
     saved = saved_meta(config)  # of the checkpoint to go on from
     meta: dict[str, Any] = saved or {"iter": 0, "best_val_loss": None}
 
@@ -78,7 +81,9 @@ def train(config: TrainConfig, stop: Stop) -> None:
     print(reporting.describe_params(state.params))
 
     # ---- 5. What an iteration and an evaluation are ----------------------------------------------
-    train_step = make_train_step(model, make_optimizer(config), mesh, config.spike_zscore)
+    train_step = make_train_step(
+        model, make_optimizer(config), mesh, config.spike_zscore, gradient_norms(config)
+    )
     eval_step = make_eval_step(model, mesh)
     starts = {
         name: evaluation_starts(split, config.eval_iters * config.batch_size)
@@ -97,8 +102,9 @@ def train(config: TrainConfig, stop: Stop) -> None:
         return
 
     # ---- 6. The loop ----------------------------------------------------------------------------
+    wandb = start_wandb(config, meta.get("wandb_id"))  # first: it may refuse
     make_room(config)
-    report = reporting.Report(config, mesh, model, state.params, tokens_per_iter, meta)
+    report = reporting.Report(config, mesh, model, state.params, tokens_per_iter, meta, wandb)
     checkpoints = Checkpoints(config.out_dir, config.keep, config.keep_every)
     best, at = meta["best_val_loss"], meta.get("saved", meta["iter"])  # at: the one saved last
 
@@ -157,6 +163,7 @@ def train(config: TrainConfig, stop: Stop) -> None:
                 if last or stopped:
                     break
                 state, metrics = train_step(state, *next(stream))
+                metrics |= report.norms(iteration, state.params)
                 stop.wait_for_save()
                 tell(pending)
                 pending = (iteration, metrics, learning_rate(config, iteration))

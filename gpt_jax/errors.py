@@ -29,12 +29,9 @@ def exit_code(main: Callable[[list[str]], None]) -> Callable[[], int]:
     def command() -> int:
         try:
             main(sys.argv[1:])
-        except UserError as error:
+        except (UserError, RunError) as error:
             print(f"error: {error}", file=sys.stderr)
-            return 2
-        except RunError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 1
+            return 2 if isinstance(error, UserError) else 1
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             return 130

@@ -47,15 +47,9 @@ def make_eval_step(
 
 
 def evaluate(
-    eval_step: Callable,
-    params: Any,
-    split: Split,
-    starts: np.ndarray,
-    batch_size: int,
-    mesh: Mesh,
-    tokenizer: Tokenizer | None = None,
-    stop: Callable[[], bool] = lambda: False,
-) -> Evaluation:
+    eval_step: Callable, params: Any, split: Split, starts: np.ndarray, batch_size: int, mesh: Mesh,
+    tokenizer: Tokenizer | None = None, stop: Callable[[], bool] = lambda: False,
+) -> Evaluation:  # fmt: skip
     """Return the loss over the windows at ``starts``, batch by batch.
 
     With a ``tokenizer`` the bytes of the targets are counted too. Sums are taken in float64. Raises

@@ -51,17 +51,16 @@ def init_state(
 
 
 def make_train_step(
-    model: GPT,
-    tx: optax.GradientTransformation,
-    mesh: Mesh | None = None,
-    spike_zscore: float = 0.0,
-) -> Callable[[TrainState, Array, Array], tuple[TrainState, dict[str, Array]]]:
+    model: GPT, tx: optax.GradientTransformation, mesh: Mesh | None = None,
+    spike_zscore: float = 0.0, measure: Callable[[Any], dict[str, Array]] = lambda grads: {},
+) -> Callable[[TrainState, Array, Array], tuple[TrainState, dict[str, Array]]]:  # fmt: skip
     """Return the jitted update ``step(state, tokens, targets) -> (state, metrics)``.
 
     tokens and targets are int32 (A, B, T): A micro-batches, whose mean gradient, kept in float32,
     makes one update. metrics are scalars: "loss", the mean over all A in nats/token, "grad_norm",
     the global norm before clipping (both float32), and how many updates were left out, "skipped" in
-    all and "skipped_in_a_row" up to this one. The state passed in is donated: do not use it again.
+    all and "skipped_in_a_row" up to this one. What ``measure`` makes of that gradient is added to
+    them. The state passed in is donated: do not use it again.
 
     An update is left out, parameters and optimizer as they were, where its loss or gradient is not
     finite (AdamW makes a finite update of a finite gradient), and, with a ``spike_zscore``, where
@@ -125,7 +124,7 @@ def make_train_step(
         if mesh is not None:
             new = jax.lax.with_sharding_constraint(new, state_sharding(mesh, new))
         metrics = {"skipped": new.skipped[0], "skipped_in_a_row": new.skipped[1]}
-        return new, {"loss": loss, "grad_norm": grad_norm, **metrics}
+        return new, {"loss": loss, "grad_norm": grad_norm, **metrics, **measure(grads)}
 
     return train_step
 

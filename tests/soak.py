@@ -520,13 +520,13 @@ def metas(out_dir: Path, step: int) -> dict[str, Any]:
 
 
 def told(out_dir: Path) -> list[dict[str, Any]]:
-    """Return the lines of metrics.jsonl without how fast each was, and where the run went on."""
+    """Return the lines of metrics.jsonl without speed, memory and where the run went on."""
     lines = (out_dir / "metrics.jsonl").read_text("utf-8").splitlines()
     return [
         {
             name: x
             for name, x in json.loads(line).items()
-            if name not in ("tokens_per_second", "mfu", "resumed")
+            if name not in ("tokens_per_second", "mfu", "time", "host_memory_peak", "resumed")
         }
         for line in lines
     ]

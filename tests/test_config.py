@@ -93,6 +93,8 @@ OURS = {
     "data": -1,
     **SHARED,
     "sample_tokens": 0,
+    "tensorboard": False,
+    "log_norms": False,
 }
 EVAL = {"batch_size": 8, "eval_iters": 500, "eval_only": True, "wandb_log": False}
 NANOGPT_PRESETS = {

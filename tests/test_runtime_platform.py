@@ -1,12 +1,15 @@
 """Which platform a process runs on."""
 
+import io
 import os
+import sys
 
 import jax
 import pytest
 
 from gpt_jax.errors import UserError
 from gpt_jax.runtime import use_platform
+from gpt_jax.runtime.platform import print_any_text
 
 
 def test_a_platform_that_is_not_there_is_refused_in_one_line(monkeypatch):
@@ -52,3 +55,17 @@ def test_deterministic_adds_its_flags_to_those_that_are_there(monkeypatch):
     assert os.environ["XLA_FLAGS"] == "--xla_mine=1"
     use_platform("cpu", deterministic=True)
     assert os.environ["XLA_FLAGS"].startswith("--xla_mine=1 --xla_gpu_deterministic_ops=true")
+
+
+def test_a_character_that_the_output_has_no_byte_for_is_printed_as_a_question_mark(monkeypatch):
+    """A pipe of Windows', say; with any text in it, a sample must not end in a traceback."""
+    for name in ("stdout", "stderr"):
+        stream = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+        monkeypatch.setattr(sys, name, stream)
+    print_any_text()
+    print("\ufffdé", file=sys.stderr, flush=True)
+    print("\ufffdé", flush=True)
+    for stream in (sys.stdout, sys.stderr):
+        assert stream.buffer.getvalue().split() == [b"?\xe9"]  # pyright: ignore
+    monkeypatch.setattr(sys, "stdout", io.StringIO())  # a notebook's cannot be told, nor need be
+    print_any_text()

@@ -13,23 +13,21 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import gpt_jax
 from gpt_jax.bench.children import end, kill, output, own
 from gpt_jax.bench.config import CompileBench
 from gpt_jax.bench.measure import AXES, NETWORK
 from gpt_jax.bench.report import say
 from gpt_jax.config import TrainConfig
-from gpt_jax.errors import RunError, UserError
+from gpt_jax.errors import RunError
+from gpt_jax.scripts import script
 
 IMPORT = "import time; t = time.perf_counter(); import gpt_jax; print(time.perf_counter() - t)"
-SCRIPT = Path(gpt_jax.__file__).parents[1] / "train.py"
+SCRIPT = script("train")
 MINE = ("--json", "--repeats", "--timeout")
 
 
 def start_up(config: CompileBench, argv: list[str]) -> list[dict[str, Any]]:
     """Return the record of imports, of the train step's compilation and of train.py's start."""
-    if not SCRIPT.is_file():
-        raise UserError(f"{SCRIPT} is not there: run this from a checkout of gpt_jax")
     argv = [item for item in argv if not item.startswith(MINE)]
     python = [sys.executable, "-c", IMPORT]
     imports = [

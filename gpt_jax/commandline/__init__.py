@@ -17,6 +17,7 @@ from gpt_jax.config import Checked, Hardware, LoadConfig, T, TrainConfig, typed
 from gpt_jax.errors import UserError
 from gpt_jax.integrity import replace_file, written
 from gpt_jax.interop import nanogpt_checkpoint
+from gpt_jax.scripts import as_typed
 
 LONGEST_PROMPT = 10**7  # characters: a device in place of a file has no end
 LONGEST_CONFIG = 10**6  # bytes
@@ -99,7 +100,8 @@ def layers(values: dict, configs: list[str], flags: dict, kind: type[Checked]) -
 
 def usage(kind: type[Checked]) -> str:
     """Return the text of --help: every key, its default and its meaning."""
-    lines = [f"usage: {kind.command} [CONFIG ...] [--key=value ...]", "", kind.__doc__ or "", ""]
+    called = as_typed(kind.command)
+    lines = [f"usage: {called} [CONFIG ...] [--key=value ...]", "", kind.__doc__ or "", ""]
     lines += textwrap.wrap(f"CONFIG: a file of assignments, or one of {', '.join(PRESETS)}.", 100)
     lines += [f"Without one: {kind.preset or 'the defaults'}."]
     return "\n".join(lines + keys(kind))

@@ -24,7 +24,7 @@ from gpt_jax.model import Cache
 
 FEW = 4  # rows up to which a product is bound by reading its weight, and not by arithmetic
 PROGRAMS = 264  # of a grid, at least: two for each of Hopper's multiprocessors, all must read
-TILE = 32768  # weights of a program, all asked for at once: 64 KB in flight
+TILE = 8192  # weights of a program, all asked for at once: 64 a thread
 SLOTS = 128  # of the cache, read at once
 SPLITS = 8  # programs that share a row's slots of a head, at most
 DRAWN = 32  # logits of a tile
@@ -35,22 +35,33 @@ CANDIDATES = 1024  # that are drawn from at once
 DRAW_WARPS = 16
 
 
-class Layer(NamedTuple):
-    """A layer's weights, 16 bits (outputs, inputs) each; biases and norms, float32 or None."""
+class Product(NamedTuple):
+    """A weight, 16 bits (outputs, inputs), and what is added, float32 (outputs,) or None.
 
-    ln_1: tuple[Array, Array | None]
-    c_attn: tuple[Array, Array | None]
-    attn_proj: tuple[Array, Array | None]
-    ln_2: tuple[Array, Array | None]
-    c_fc: tuple[Array, Array | None]
-    mlp_proj: tuple[Array, Array | None]
+    Where LayerNorm comes first its scale is in the weight and its shift in the bias, and ``sums``
+    are those of the weight's rows: W (x - mean) / s = (W x - mean sums) / s, so that a program
+    need not know the mean before it multiplies.
+    """
+
+    weight: Array
+    bias: Array | None
+    sums: Array | None = None
+
+
+class Layer(NamedTuple):
+    """A layer's products; LayerNorm is part of the first and the third."""
+
+    c_attn: Product
+    attn_proj: Product
+    c_fc: Product
+    mlp_proj: Product
 
 
 class Weights(NamedTuple):
-    """What a decoding step reads in place of params: the layers, and wte in 16 bits."""
+    """What a decoding step reads in place of params: the layers, and wte after ln_f."""
 
     layers: tuple[Layer, ...]
-    head: Array
+    head: Product
 
 
 def can_decode(config: GPTConfig, params: Any) -> bool:
@@ -61,28 +72,33 @@ def can_decode(config: GPTConfig, params: Any) -> bool:
 
 def lay_out(config: GPTConfig, params: Any) -> Weights:
     """Return params as decoding reads them."""
-    L, C, h = config.n_layer, config.n_embd, params["h"]
+    h = params["h"]
 
-    def pair(module, i=None, n=0) -> Any:
-        weight, bias = module["weight"], module.get("bias")
-        if i is not None:
-            weight, bias = weight[i], None if bias is None else bias[i]
-        if n:
-            weight = weight.reshape(n, -1).T.astype(config.dtype)
-        return weight, None if bias is None else bias.reshape(-1).astype(jnp.float32)
+    def product(weight: Array, bias: Array | None, norm: Any = None) -> Product:
+        bias = None if bias is None else bias.reshape(-1).astype(jnp.float32)
+        if norm is None:
+            return Product(weight.astype(config.dtype), bias)
+        if "bias" in norm:
+            shift = jnp.einsum("nk,k->n", weight, norm["bias"], precision="highest")
+            bias = shift if bias is None else bias + shift
+        weight = (weight * norm["weight"][None]).astype(config.dtype)
+        return Product(weight, bias, weight.astype(jnp.float32).sum(1))
 
+    def of_layer(i: int, module: Any, inputs: int, norm: Any = None) -> Product:
+        module, norm = jax.tree.map(lambda x: x[i], (module, norm))
+        return product(module["weight"].reshape(inputs, -1).T, module.get("bias"), norm)
+
+    C = config.n_embd
     layers = tuple(
         Layer(
-            pair(h["ln_1"], i),
-            pair(h["attn"]["c_attn"], i, C),
-            pair(h["attn"]["c_proj"], i, C),
-            pair(h["ln_2"], i),
-            pair(h["mlp"]["c_fc"], i, C),
-            pair(h["mlp"]["c_proj"], i, 4 * C),
+            of_layer(i, h["attn"]["c_attn"], C, h["ln_1"]),
+            of_layer(i, h["attn"]["c_proj"], C),
+            of_layer(i, h["mlp"]["c_fc"], C, h["ln_2"]),
+            of_layer(i, h["mlp"]["c_proj"], 4 * C),
         )
-        for i in range(L)
+        for i in range(config.n_layer)
     )
-    return Weights(layers, params["wte"]["weight"].astype(config.dtype))
+    return Weights(layers, product(params["wte"]["weight"], None, params["ln_f"]))
 
 
 def unstack(cache: Cache) -> Cache:
@@ -110,7 +126,6 @@ def next_logits(
     """
     tokens, positions = tokens[:, 0], positions[:, 0]
     product = product_for(len(tokens))
-    ln_f = params["ln_f"]["weight"], params["ln_f"].get("bias")
     # these are read a row at a time, so that float32 costs nothing
     x = params["wte"]["weight"][tokens] + params["wpe"]["weight"][positions]
     keys, values = [], []
@@ -119,7 +134,7 @@ def next_logits(
         keys.append(k)
         values.append(v)
     cache = Cache(tuple(keys), tuple(values))  # pyright: ignore
-    return product(x, weights.head, None, norm=ln_f, dtype=jnp.float32), cache
+    return product(x, weights.head, dtype=jnp.float32), cache
 
 
 @partial(jax.jit, static_argnums=0)  # traced and lowered once, not once a layer
@@ -129,11 +144,11 @@ def block(
     """Return model.Block of one position a row: x float32 (B, C), and the layer's cache."""
     product = product_for(len(x))
     activation = "tanh" if config.activation == "gelu_tanh" else "erf"
-    qkv = product(x, *layer.c_attn, norm=layer.ln_1)
+    qkv = product(x, layer.c_attn)
     y, k, v = attend(qkv, k, v, positions)
-    x = product(y, *layer.attn_proj, residual=x)
-    y = product(x, *layer.c_fc, norm=layer.ln_2, activation=activation)
-    return product(y, *layer.mlp_proj, residual=x), k, v
+    x = product(y, layer.attn_proj, residual=x)
+    y = product(x, layer.c_fc, activation=activation)
+    return product(y, layer.mlp_proj, residual=x), k, v
 
 
 # ---- products ----
@@ -162,24 +177,21 @@ def joined(parts: Parts) -> Array:
 
 def plain_linear(
     x: Array | Parts,
-    weight: Array,
-    bias: Array | None,
-    norm: tuple[Array, Array | None] | None = None,
+    product: Product,
     activation: str = "",
     residual: Array | None = None,
     dtype: Any = None,
 ) -> Array:
-    """Return weight (N, K) times x, normalised or joined before it, as the network does it.
+    """Return a product of x, normalised or joined before it, as the network does it.
 
     Computed in the weight's dtype, and returned in ``dtype`` if there is one. A residual, float32
     (B, N), is added; the result is then float32 too.
     """
+    weight, bias, sums = product
     x = joined(x) if isinstance(x, Parts) else x
-    if norm:
+    if sums is not None:
         x -= x.mean(-1, keepdims=True)
         x *= jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-5)
-        x *= norm[0][None]
-        x = x if norm[1] is None else x + norm[1][None]
     exact = jax.lax.Precision.HIGHEST if weight.dtype == jnp.float32 else None
     y = jnp.einsum("bk,nk->bn", x.astype(weight.dtype), weight, precision=exact)
     y = y if bias is None else y + bias.astype(y.dtype)[None]
@@ -189,20 +201,19 @@ def plain_linear(
 
 def linear(
     x: Array | Parts,
-    weight: Array,
-    bias: Array | None,
-    norm: tuple[Array, Array | None] | None = None,
+    product: Product,
     activation: str = "",
     residual: Array | None = None,
     dtype: Any = None,
 ) -> Array:
     """Return plain_linear's result for a few rows, in one kernel that reads the weight once."""
+    weight, *added = product
     N, K = weight.shape
     width = power_of_2(K)
     height = max(1, min(TILE // width, 1 << max(0, (N // PROGRAMS).bit_length() - 1)))
     inputs = list(x) if isinstance(x, Parts) else [x]
     B, n = inputs[0].shape[0], len(inputs)
-    given = [*(norm or (None, None)), bias, residual]
+    given = [*added, residual]
     kernel = partial(
         linear_kernel, inputs=n, given=[x is not None for x in given],
         width=width, height=height, activation=activation,
@@ -212,8 +223,8 @@ def linear(
         kernel,
         grid=(pl.cdiv(N, height),),
         out_shape=jax.ShapeDtypeStruct((B, N), dtype),
-        warps=8 if width * height > TILE // 2 else 4,
-        name="linear",
+        warps=4,
+        name=f"linear_{N}_of_{K}",
     )(weight, *inputs, *(x for x in given if x is not None))
 
 
@@ -221,7 +232,7 @@ def linear_kernel(weight, *refs, inputs, given, width, height, activation):
     """Compute ``height`` outputs of every row."""
     x, refs = refs[:inputs], list(refs[inputs:])
     out = refs.pop()
-    scale, shift, bias, residual = (refs.pop(0) if there else None for there in given)
+    bias, sums, residual = (refs.pop(0) if there else None for there in given)
     N, K = weight.shape
     rows, columns = pl.program_id(0) * height + jnp.arange(height), jnp.arange(width)
     inside, real = rows < N, columns < K
@@ -230,14 +241,19 @@ def linear_kernel(weight, *refs, inputs, given, width, height, activation):
         weight.at[rows[:, None], columns[None, :]], mask=inside[:, None] & real[None, :],
         other=0, eviction_policy="evict_first",
     ).astype(jnp.float32)  # fmt: skip
-    scale, shift = (load_some(ref, (), columns, real) for ref in (scale, shift))
-    bias = load_some(bias, (), rows, inside)
+    bias, sums = (load_some(ref, (), rows, inside) for ref in (bias, sums))
     for b in range(x[0].shape[0]):
         more = load_some(residual, (b,), rows, inside)
         read = partial(join_parts, x, b) if inputs == 3 else partial(load_some, x[0], (b,))
-        y = read(columns, real)
-        y = normed(y.astype(jnp.float32), real, K, scale, shift).astype(weight.dtype)
-        y = (tile * y.astype(jnp.float32)[None, :]).sum(1)
+        y = read(columns, real).astype(jnp.float32)
+        if sums is None:
+            y = (tile * y.astype(weight.dtype).astype(jnp.float32)[None, :]).sum(1)
+        else:
+            # less some number of its own: a mean far from 0 would leave its variance few digits
+            y = jnp.where(real, y - x[0][b, 0], 0)
+            mean, squares = y.sum() / K, (y * y).sum() / K
+            y = (tile * y[None, :]).sum(1) - mean * sums
+            y *= jax.lax.rsqrt(squares - mean * mean + 1e-5)
         y = finished(y, bias, activation, more, weight.dtype)
         triton.store(out.at[b, rows], y.astype(out.dtype), mask=inside)
 
@@ -245,15 +261,6 @@ def linear_kernel(weight, *refs, inputs, given, width, height, activation):
 def load_some(ref, at, places, there) -> Any:
     """Return a ref's values at ``(*at, places)``, zero where there are none; None for None."""
     return None if ref is None else triton.load(ref.at[*at, places], mask=there, other=0)
-
-
-def normed(y: Any, real, K, scale, shift) -> Any:
-    """Return LayerNorm of a vector of K, or the vector where there is no scale."""
-    if scale is None:
-        return y
-    y = jnp.where(real, y - y.sum() / K, 0)
-    y *= jax.lax.rsqrt((y * y).sum() / K + 1e-5) * scale
-    return y if shift is None else y + shift
 
 
 def finished(y, bias, activation, residual, dtype):

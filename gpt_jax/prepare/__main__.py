@@ -9,6 +9,7 @@ from gpt_jax.errors import UserError, exit_code
 from gpt_jax.prepare import SETS, prepare
 from gpt_jax.prepare.sources import KNOWN
 from gpt_jax.prepare.tokenizers import FORMS
+from gpt_jax.scripts import as_typed
 
 FLAGS = {
     "input": "files, folders, 'patterns*', with commas between, or hf:owner/name; may be repeated",
@@ -107,7 +108,7 @@ def main(argv: list[str]) -> None:
     where = "" if data_dir == "data" else f" --data_dir={shlex.quote(data_dir)}"
     quoted = shlex.quote(dataset)
     what = TRAINED_BY.get(dataset, f" --dataset={quoted} --out_dir=out-{quoted}")
-    print(f"next: python train.py{what}{where}")
+    print(as_typed(f"next: python train.py{what}{where}"))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""What a run tells of itself: log lines, metrics.jsonl, Weights & Biases, a progress line."""
+"""What a run tells of itself: log lines, a progress line, and the numbers that sinks.py keeps."""
 
 import json
+import math
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +11,19 @@ import jax
 from jax.sharding import Mesh
 
 from gpt_jax.config import TrainConfig
-from gpt_jax.errors import UserError
 from gpt_jax.integrity import replace_file, written
 from gpt_jax.kernels import why_not
 from gpt_jax.metrics import flops_per_token
 from gpt_jax.model import GPT, count_params
 from gpt_jax.optimizer import decayed
+from gpt_jax.reporting.memory import memory
+from gpt_jax.reporting.norms import as_floats, parameter_norms
 from gpt_jax.reporting.peak import peak_flops
+from gpt_jax.reporting.sinks import Jsonl, TensorBoard, Wandb
 from gpt_jax.runtime import is_first
+
+# what makes the tokens of an iteration
+BATCH = ("gradient_accumulation_steps", "batch_size", "block_size")
 
 
 class Report:
@@ -26,29 +31,39 @@ class Report:
 
     def __init__(
         self, config: TrainConfig, mesh: Mesh, model: GPT, params: Any, tokens_per_iter: int,
-        meta: dict[str, Any],
+        meta: dict[str, Any], wandb: Wandb | None = None,
     ):  # fmt: skip
-        self.config, self.tokens_per_iter = config, tokens_per_iter
+        self.config, self.mesh, self.tokens_per_iter = config, mesh, tokens_per_iter
         self.flops = flops_per_token(model.config, count_params(params)) * tokens_per_iter
         peak = config.peak_flops or peak_flops(mesh.devices.flat[0])
         self.peak = peak * mesh.size if peak else None
-        self.path = Path(config.out_dir) / "metrics.jsonl"
-        self.file = self.picture = None  # of process 0 alone
-        self.resumed = {"resumed": meta["iter"]} if meta["iter"] else {}  # marks the next line
+        self.sinks: list[Any] = []  # of process 0 alone
+        self.picture = None  # of process 0 too
+        self.first, self.tokens, self.seconds = meta["iter"], 0, 0.0  # before the first iteration
         self.skipped = None  # updates left out in all, as last heard
+        self.wandb_id = wandb.id if wandb else None
         if is_first():
             from gpt_jax.plot.background import LossPicture  # above: it knows is_entry
 
             self.picture = LossPicture(config.out_dir)
-            with written(self.path):
-                keep_before(self.path, meta["iter"])
-                self.file = self.path.open("a", encoding="utf-8")
+            path = Path(config.out_dir) / "metrics.jsonl"
+            with written(path):
+                self.tokens, self.seconds = so_far(path, meta, tokens_per_iter)
+                keep_before(path, self.first)
+            self.sinks = [Jsonl(path, self.first), *([wandb] if wandb else [])]
+            if config.tensorboard:
+                self.sinks.append(TensorBoard(path.with_name("tensorboard"), self.first))
         self.live = sys.stdout.isatty()
         self.steps, self.speed = 0, 0.0
-        logs = config.wandb_log and is_first()
-        self.wandb = start_wandb(config, meta.get("wandb_id")) if logs else None
-        self.wandb_id = self.wandb.id if self.wandb else None
-        self.since = time.perf_counter()
+        self.norms_of = parameter_norms(config, mesh)
+        self.since = self.counted = time.perf_counter()
+
+    def norms(self, iteration: int, params: Any) -> dict[str, Any]:
+        """Return norms of the parameters that an iteration has made, if it is to be logged.
+
+        They are scalars on the device, still to be computed. Every process must ask for them.
+        """
+        return {} if iteration % self.config.log_interval else self.norms_of(params)
 
     def step(self, iteration: int, metrics: dict[str, Any], lr: float) -> int:
         """Tell of an update, once its metrics, scalars on the device, have been computed.
@@ -56,7 +71,9 @@ class Report:
         Returns how many updates were left out in a row, this one included.
         """
         values = jax.device_get(metrics)  # waits for the device
-        metrics = {name: float(value) for name, value in values.items()}
+        metrics = as_floats(values)
+        now = time.perf_counter()
+        self.seconds, self.counted = self.seconds + now - self.counted, now
         skipped, in_a_row = int(values["skipped"]), int(values["skipped_in_a_row"])
         self.steps += 1
         # with float16 an update left out need not count as one in a row
@@ -78,10 +95,13 @@ class Report:
             share = "n/a" if mfu is None else f"{100 * mfu:.2f}%"
             line = f"loss {metrics['loss']:.4f}, time {1000 * seconds:.2f}ms, mfu {share}"
             self.say(f"iter {iteration}: {line}")
-            self.write({"iter": iteration, "loss": metrics["loss"], "lr": lr,
-                        "grad_norm": metrics["grad_norm"], "skipped": self.skipped,
-                        "tokens_per_second": round(rate, 1),
-                        **({} if mfu is None else {"mfu": round(mfu, 5)})})  # fmt: skip
+            self.write({
+                "iter": iteration, "loss": metrics["loss"], "lr": lr,
+                **{name: x for name, x in metrics.items() if "_norm" in name},
+                "skipped": self.skipped, **self.place(iteration + 1),
+                "tokens_per_second": round(rate, 1),
+                **({} if mfu is None else {"mfu": round(mfu, 5)}), **memory(self.mesh),
+            })  # fmt: skip
             self.steps, self.since = 0, now
             self.speed = rate
         if self.live and self.speed:
@@ -93,14 +113,16 @@ class Report:
     def evaluation(self, iteration: int, train_loss: float, val_loss: float, lr: float) -> None:
         """Tell of an evaluation, losses in nats/token."""
         self.say(f"step {iteration}: train loss {train_loss:.4f}, val loss {val_loss:.4f}")
-        self.write({"iter": iteration, "train_loss": train_loss, "val_loss": val_loss})
+        self.write({"iter": iteration, "train_loss": train_loss, "val_loss": val_loss, "lr": lr,
+                    **self.place(iteration)})  # fmt: skip
         if self.picture:
             self.picture.draw()
             self.complain()
-        if self.wandb:
-            mfu = self.flops / self.tokens_per_iter * self.speed / self.peak if self.peak else 0
-            self.wandb.log({"iter": iteration, "train/loss": train_loss, "val/loss": val_loss,
-                            "lr": lr, "mfu": 100 * mfu})  # fmt: skip
+
+    def place(self, iteration: int) -> dict[str, Any]:
+        """Return how far training has come before an iteration: in tokens, and in seconds."""
+        tokens = self.tokens + (iteration - self.first) * self.tokens_per_iter
+        return {"tokens": tokens, "time": round(self.seconds, 3)}
 
     def say(self, line: str) -> None:
         """Print a line, over the progress line if there is one."""
@@ -112,29 +134,24 @@ class Report:
             self.say(line)
 
     def write(self, entry: dict[str, Any]) -> None:
-        """Add an object to metrics.jsonl, there to be read at once."""
-        if self.file:
-            with written(self.path):
-                self.file.write(json.dumps(entry | self.resumed) + "\n")
-                self.file.flush()
-            self.resumed = {}
+        """Give an entry, names to numbers, to every sink."""
+        for sink in self.sinks:
+            sink.write(entry)
 
     def resume_clock(self) -> None:
         """Leave what has passed since the last step, an evaluation or a save, out of the speed."""
-        self.since, self.steps = time.perf_counter(), 0
+        self.since = self.counted = time.perf_counter()
+        self.steps = 0
 
     def close(self) -> None:
         """End the progress line and the files."""
-        if self.file:
-            with suppress(OSError):  # of a line that could not be written, and has been told of
-                self.file.close()
         if self.picture:
             self.picture.close()
             self.complain()
         if self.live:
             print("\r\033[K", end="", flush=True)
-        if self.wandb:
-            self.wandb.finish()
+        for sink in self.sinks:
+            sink.close()
 
 
 def decay_groups(params: Any) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -186,6 +203,31 @@ def duration(seconds: float) -> str:
     return f"{minutes}m {int(seconds % 60):02}s" if minutes else f"{seconds:.0f}s"
 
 
+def so_far(path: Path, meta: dict[str, Any], tokens_per_iter: int) -> tuple[int, float]:
+    """Return the tokens and the seconds of training before a run goes on from ``meta``.
+
+    What metrics.jsonl last says of them, and of the iterations after that the tokens that the saved
+    config gives each (``tokens_per_iter`` if there is none) at the speed last logged.
+    """
+    sizes = [meta.get("config", {}).get(name) for name in BATCH]
+    if all(type(size) is int and 0 < size < 2**31 for size in sizes):
+        tokens_per_iter = math.prod(sizes)
+    tokens, seconds, done, speed = 0, 0.0, 0, math.inf
+    for _, entry in entries(path):
+        told = entry["iter"] + ("loss" in entry)  # iterations that it counts
+        values = [entry.get(name, -1) for name in ("tokens", "time", "tokens_per_second")]
+        if done <= told <= meta["iter"] and usable(values[0], int) and usable(values[1], float):
+            tokens, seconds, done = values[0], values[1], told
+            speed = values[2] if usable(values[2], float) else speed
+    missing = (meta["iter"] - done) * tokens_per_iter
+    return tokens + missing, seconds + missing / max(speed, 1e-3)
+
+
+def usable(number: Any, kind: type) -> bool:
+    """Return whether a number of a file is one to reckon with."""
+    return type(number) is kind and 0 <= number < 2**63
+
+
 def keep_before(path: Path, iteration: int) -> None:
     """Drop from metrics.jsonl what a resumed run will say again, and a line cut off by a crash."""
     kept = [line for line, entry in entries(path) if entry["iter"] < iteration]
@@ -214,18 +256,3 @@ def is_entry(entry: dict[str, Any]) -> bool:
     numbers = all(isinstance(entry[name], float) for name in losses)
     iteration = entry.get("iter")
     return bool(losses) and numbers and type(iteration) is int and 0 <= iteration < 2**31
-
-
-def start_wandb(config: TrainConfig, run_id: str | None) -> Any:
-    """Return a Weights & Biases run, the one of ``run_id`` if it is given."""
-    try:
-        import wandb  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        raise UserError(
-            "wandb_log=True needs Weights & Biases: pip install 'gpt_jax[wandb]', "
-            "or --wandb_log=False"
-        ) from None
-    return wandb.init(
-        project=config.wandb_project, name=config.wandb_run_name, config=vars(config),
-        id=run_id, resume="allow" if run_id else None,
-    )  # fmt: skip

@@ -11,6 +11,7 @@ from gpt_jax.evaluation import Evaluation
 from gpt_jax.model import GPT
 from gpt_jax.runtime import is_first
 from gpt_jax.sampling import generate
+from gpt_jax.scripts import as_typed
 from gpt_jax.tokenizer import Tokenizer
 
 
@@ -42,5 +43,6 @@ def summary(
     flag = "" if config.out_dir == "out" else f" --out_dir={config.out_dir}"
     print("next:")
     prompt = f' --start="{start}"' if start.strip() else ""
-    print(f"  python sample.py{flag}{prompt} --num_samples=3")
-    print(f"  python train.py --init_from=resume{flag} --max_iters={2 * config.max_iters}")
+    print(as_typed(f"  python sample.py{flag}{prompt} --num_samples=3"))
+    more = f"--init_from=resume{flag} --max_iters={2 * config.max_iters}"
+    print(as_typed(f"  python train.py {more}"))

@@ -25,6 +25,7 @@ def use_platform(device: str, deterministic: bool = False, keep_compiled: bool =
     Unless JAX has been told of another folder or of none, compiled programs are kept for the next
     process in one of the user's own (compile_cache.py), if ``keep_compiled``.
     """
+    print_any_text()
     if deterministic:
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DETERMINISTIC}"
     platform = {"gpu": "cuda"}.get(device, device).split(":")[0]
@@ -50,6 +51,16 @@ def use_platform(device: str, deterministic: bool = False, keep_compiled: bool =
             f"device={device} is not there ({reason}): use --device=cpu, or install "
             "gpt_jax[cuda] or gpt_jax[tpu] for the hardware at hand"
         ) from None
+
+
+def print_any_text() -> None:
+    """Have "?" printed for a character that the output's encoding lacks, be it in a sample's text.
+
+    Windows' pipes and files speak a code page of 256 characters, unless PYTHONUTF8=1.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # pythonw has none, a notebook's are no text files
+            stream.reconfigure(errors="replace")  # pyright: ignore
 
 
 def keep_freed_memory() -> None:

@@ -1,0 +1,1 @@
+"""``python -m gpt_jax.sample``: the script sample.py, from any folder."""

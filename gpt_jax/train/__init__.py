@@ -1,0 +1,1 @@
+"""``python -m gpt_jax.train``: the script train.py, from any folder."""
