@@ -18,6 +18,7 @@ from gpt_jax.config import Checked, SampleConfig, TrainConfig
 from gpt_jax.evaluate import EvalConfig
 from gpt_jax.export import ExportConfig
 from gpt_jax.plan import PlanConfig
+from gpt_jax.plot import PlotConfig
 
 PAGE = Path(__file__).parent / "configuration.md"
 KINDS: dict[str, type[Checked]] = {
@@ -26,12 +27,13 @@ KINDS: dict[str, type[Checked]] = {
     "evaluate": EvalConfig,
     "plan": PlanConfig,
     "export": ExportConfig,
+    "plot": PlotConfig,
     "bench train": TrainBench,
     "bench decode": DecodeBench,
     "bench loader": LoaderBench,
     "bench compile": CompileBench,
 }
-HELPS = ("prepare", "plot")  # commands whose keys are in no dataclass: what their --help says
+HELPS = ("prepare",)  # commands whose keys are in no dataclass: what their --help says
 NAMES = {int: "int", float: "float", bool: "bool", str: "text"}
 
 

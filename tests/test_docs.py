@@ -42,6 +42,7 @@ from gpt_jax.errors import UserError
 from gpt_jax.evaluate import EvalConfig
 from gpt_jax.export import ExportConfig
 from gpt_jax.plan import PlanConfig
+from gpt_jax.plot import PlotConfig
 from gpt_jax.prepare import prepare
 from gpt_jax.prepare.__main__ import FLAGS
 from gpt_jax.prepare.__main__ import main as prepare_main
@@ -64,10 +65,20 @@ FEW = ["--num_samples=2", "--max_new_tokens=4"]
 MARK = re.compile(r"<!-- (needs|file) ([^:>]+?)(?:: ([^>]+?))? -->")
 CI = ("<!-- quickstart -->", "<!-- test -->")  # .ci/run, or a user's first minute, runs these
 # programs of others in blocks that need what they are of, and flags of theirs
-PROGRAMS = {"bash", "export", "kubectl", "nc", "pytest", "sbatch", "scancel", "unset"}
+PROGRAMS = {
+    "bash",
+    "export",
+    "kubectl",
+    "nc",
+    "pytest",
+    "sbatch",
+    "scancel",
+    "tensorboard",
+    "unset",
+}
 THEIR_FLAGS = {
     "gpu-bind", "gpus-per-node", "gpus-per-task", "nnodes", "node_rank", "nproc_per_node", "prefix",
-    "ntasks-per-node", "master_addr", "seed", "rounds", "signal", "standalone",
+    "ntasks-per-node", "master_addr", "logdir", "seed", "rounds", "signal", "standalone",
 }  # fmt: skip
 # commands are run as __main__, some of which a test has imported
 pytestmark = pytest.mark.filterwarnings("ignore:.*found in sys.modules after import:RuntimeWarning")
@@ -301,7 +312,7 @@ def test_an_error_that_is_shown_is_the_one_that_comes(work):
 
 @pytest.mark.parametrize("path", LINKED, ids=name)
 def test_every_flag_that_is_named_exists(path):
-    kinds = [SampleConfig, EvalConfig, ExportConfig, PlanConfig, *VERBS.values()]
+    kinds = [SampleConfig, EvalConfig, ExportConfig, PlanConfig, PlotConfig, *VERBS.values()]
     known = {f.name for kind in kinds for f in fields(kind)} | set(FLAGS) | {"key", "flag"}
     text = re.sub(r"^\$ .*\nerror: ", "", path.read_text("utf-8"), flags=re.MULTILINE)
     named = set(re.findall(r"(?<![\w-])--([a-z][a-z0-9_-]*)", text))

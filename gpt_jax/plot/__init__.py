@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from inspect import cleandoc
 from pathlib import Path
 
 from gpt_jax.commandline import keys
@@ -31,7 +32,7 @@ class PlotConfig(Checked):
 def main(argv: list[str]) -> None:
     """Draw the picture and say where it is."""
     if {"-h", "--help"} & set(argv):
-        print("\n".join([USAGE, "", PlotConfig.__doc__ or "", *keys(PlotConfig)]))
+        print("\n".join([USAGE, "", cleandoc(PlotConfig.__doc__ or ""), *keys(PlotConfig)]))
         return
     flags = [item for item in argv if item.startswith("--")]
     config = parse(flags, PlotConfig)
