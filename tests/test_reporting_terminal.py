@@ -313,6 +313,7 @@ def plain(lines: list[Text]) -> list[str]:
 def test_all_facts_fit_a_usual_terminal(run, columns):
     first, second, third = plain(run.lines(columns - 1))
     left = 300_000 * 0.875 + 300 * 60  # the evaluation at 300,000 has been made
+    assert run.left() == pytest.approx(left)
     assert re.fullmatch(rf"step 300,000/600,000 ━+─+  50%  {duration(left)} left", first)
     assert abs(first.count("━") - first.count("─")) <= 1
     assert len(first) == columns - 1
@@ -441,10 +442,18 @@ def test_a_run_says_what_it_waits_for_keeps_its_log_whole_and_ends_in_a_summary(
 ):
     if columns == 120:
         monkeypatch.setenv("NO_COLOR", "1")
+    stepped, still_waited_for = Progress.stepped, []
+
+    def spied_on(self, *its):
+        still_waited_for.extend(terminal.waits)
+        stepped(self, *its)
+
+    monkeypatch.setattr(Progress, "stepped", spied_on)
     with pseudo_terminal(columns) as (file, _, shown):
         monkeypatch.setattr(sys, "stdout", file)
         monkeypatch.setattr(sys, "argv", ["train.py", *TINY, *flags])
         assert train.main() == 0
+    assert not still_waited_for  # once there is a step to tell of
     told, waited = "", set()
     for screen in frames(bytes(shown), columns):
         told = "\n".join(screen.emulated.display)
