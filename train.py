@@ -28,7 +28,7 @@ from gpt_jax.pretrained import product_dtype
 from gpt_jax.reporting.bad_numbers import why
 from gpt_jax.reporting.norms import gradient_norms
 from gpt_jax.reporting.sinks import check_installed, start_wandb
-from gpt_jax.reporting.summary import summary
+from gpt_jax.reporting.summary import resuming, summary
 from gpt_jax.runtime import Stop, agree, connected, in_turn, use_platform
 from gpt_jax.runtime.running import running
 from gpt_jax.sharding import batch_sharding, make_mesh, micro_batches, state_sharding
@@ -104,7 +104,7 @@ def train(config: TrainConfig, stop: Stop) -> None:
 
     # ---- 6. The loop ----------------------------------------------------------------------------
     wandb = start_wandb(config, meta.get("wandb_id"))  # first: it may refuse
-    make_room(config)
+    make_room(config, meta)
     report = reporting.Report(config, mesh, model, state.params, tokens_per_iter, meta, wandb)
     checkpoints = Checkpoints(config.out_dir, config.keep, config.keep_every)
     best, at = meta["best_val_loss"], meta.get("saved", meta["iter"])  # at: the one saved last
@@ -177,7 +177,7 @@ def train(config: TrainConfig, stop: Stop) -> None:
     if stopped and not at:
         print("stopped before the first iteration: there is nothing to save yet")
     elif stopped:
-        print(f"stopped at iteration {at} and saved: --init_from=resume goes on from there")
+        print(f"stopped at iteration {at} and saved; next:\n  {resuming(config)}")
     else:
         summary(report, val, model, state.params, tokenizer)
 

@@ -307,7 +307,7 @@ class Soak:
         process.send(number)
         code = process.wait()
         promise(code == 0, f"exit code {code} of a polite stop: {process.err[-2000:]}")
-        found = re.search(r"^stopped at iteration (\d+) and saved: ", process.out, re.M)
+        found = re.search(r"^stopped at iteration (\d+) and saved; ", process.out, re.M)
         nothing = "stopped before the first"
         said = process.out + process.err
         ended = ending and has_finished(process)

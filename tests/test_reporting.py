@@ -1,6 +1,8 @@
 """Who writes what a run tells of itself."""
 
 import os
+import re
+import time
 from contextlib import closing
 
 import jax
@@ -15,10 +17,10 @@ from gpt_jax.sharding import make_mesh
 MODEL = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=8, vocab_size=11))
 
 
-def report_of(out, iteration: int) -> reporting.Report:
+def report_of(out, iteration: int, **keys) -> reporting.Report:
     """The report of a run in ``out`` that goes on from an iteration."""
     params = jax.eval_shape(MODEL.init, jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
-    config = TrainConfig(out_dir=str(out))
+    config = TrainConfig(out_dir=str(out), **keys)
     return reporting.Report(config, make_mesh(), MODEL, params, 8, {"iter": iteration})
 
 
@@ -49,6 +51,24 @@ def test_the_next_line_of_a_resumed_run_says_so_and_so_do_those_before(tmp_path)
     found = [entry for _, entry in reporting.entries(tmp_path / "metrics.jsonl")]
     assert [entry["iter"] for entry in found] == [0, 1, 2, 3, 4, 5]
     assert [entry.get("resumed") for entry in found] == [None, None, 2, 3, None, None]
+
+
+def test_the_speed_of_a_line_is_that_of_all_iterations_since_the_last_without_evaluations(
+    tmp_path, monkeypatch, capsys
+):
+    passed = 0.0
+    monkeypatch.setattr(time, "perf_counter", lambda: passed)
+    with closing(report_of(tmp_path, 0, log_interval=4)) as report:
+        for iteration in range(9):
+            if iteration % 3 == 0:
+                passed += 100
+                report.evaluation(iteration, 2.5, 2.75, 1e-3)
+                report.resume_clock()
+            passed += 1 + iteration
+            numbers = {"loss": 2.5, "grad_norm": 1.0, "skipped": 0, "skipped_in_a_row": 0}
+            report.step(iteration, jax.tree.map(jnp.float32, numbers), 1e-3)
+    times = re.findall(r"^iter \d+: .* time (.*)ms,", capsys.readouterr().out, re.M)
+    assert times == ["1000.00", "3500.00", "7500.00"]
 
 
 def test_a_picture_that_cannot_be_drawn_is_a_line_and_the_run_goes_on(tmp_path, capsys):

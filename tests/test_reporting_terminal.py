@@ -521,7 +521,8 @@ def test_ctrl_c_saves_and_leaves_the_terminal_as_it_was(text):
         assert process.wait() == 0
     *_, screen = frames(bytes(shown), 80)
     lines = screen.lines()
-    assert lines[-1].startswith("stopped at iteration ")
+    assert re.fullmatch(r"stopped at iteration \d+ and saved; next:", lines[-2])
+    assert lines[-1] == "  python train.py --init_from=resume"
     assert "SIGINT: saving after this iteration (again: stop now)" in lines
     assert logged(lines) == list(range(len(logged(lines))))
     assert not [line for line in lines if "─" in line]

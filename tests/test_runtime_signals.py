@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -176,18 +177,23 @@ def test_a_run_whose_tee_has_died_of_the_same_ctrl_c_is_still_saved(start):
     assert process.stderr.read().endswith("(again: stop now)\nsaved\n")
 
 
-def test_a_reader_that_has_had_enough_is_still_told_of(monkeypatch):
+@pytest.mark.parametrize("cause", ["reader", "disk"])
+def test_a_run_outlives_its_log_and_says_so_once(cause, monkeypatch, capfd):
+    """`python train.py | head`, a killed `tee`, a full disk under the log."""
     monkeypatch.setattr(signals, "GRACE", 0)
-    reader, writer = os.pipe()
-    os.close(reader)
-    with open(writer, "w", closefd=False) as stream:
-        monkeypatch.setattr(sys, "stdout", stream)
-        with Stop(), pytest.raises(BrokenPipeError):
+    if cause == "disk":
+        if not os.path.exists("/dev/full"):
+            pytest.skip("there is no /dev/full")
+        writer, reason = os.open("/dev/full", os.O_WRONLY), "No space left on device"
+    else:
+        reader, writer = os.pipe()
+        os.close(reader)
+        reason = "Broken pipe"
+    with open(writer, "w") as stream, redirect_stdout(stream), Stop():
+        for _ in range(3):
             print("x", flush=True)
-        monkeypatch.undo()
-        with open(os.devnull, "w") as nowhere:
-            os.dup2(nowhere.fileno(), writer)
-    os.close(writer)
+    said = f"{writer} cannot be written any more ({reason}): the run goes on, and its metrics.jsonl"
+    assert capfd.readouterr().err == f"{said}\n"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])

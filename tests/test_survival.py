@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -17,8 +18,10 @@ from test_end_to_end import work as work
 
 import train
 from gpt_jax import checkpoint, load
+from gpt_jax.config import TrainConfig
 from gpt_jax.integrity import token_file
 from gpt_jax.runtime import Stop
+from gpt_jax.start import make_room
 
 ROOT = Path(__file__).parents[1]
 TRAIN = str(ROOT / "train.py")
@@ -324,6 +327,43 @@ def test_a_stop_at_any_time_is_polite_and_the_run_goes_on_to_the_same_end(
         assert f"resuming from out, iteration {at}" in done.stdout
     same_run("whole", "out", 40)
     assert not list(Path("out/checkpoints").glob("*tmp*"))
+
+
+def test_a_run_that_has_come_to_its_end_says_so_and_keeps_its_config(monkeypatch, capsys):
+    """Begun again with the preset's max_iters, which its own flag was above."""
+    assert run(train, monkeypatch, *TINY, "--max_iters=12") == 0
+    capsys.readouterr()
+    assert run(train, monkeypatch, *TINY, "--init_from=auto", "--max_iters=6") == 0
+    said = capsys.readouterr().out
+    assert "out is at iteration 12, max_iters=6: nothing is left to train; --max_iters=24" in said
+    assert "python train.py --init_from=resume --max_iters=24" in said
+    assert json.loads(Path("out/config.json").read_text())["max_iters"] == 12
+
+
+def test_a_stopped_run_begun_again_with_fewer_iterations_is_not_lost(monkeypatch, capsys):
+    assert run(train, monkeypatch, *TINY, "--max_iters=12") == 0
+    saved = json.loads(Path("out/config.json").read_text()) | {"max_iters": 40}
+    meta = {"iter": 12, "config": saved}
+    make_room(replace(TrainConfig(**saved), init_from="auto", max_iters=6), meta)
+    told = "nothing is left to train; --init_from=resume without a config goes on to its own "
+    assert f"{told}max_iters=40\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("log", ["reader", "disk", "closed"])
+def test_a_run_goes_on_to_its_end_without_its_log(log):
+    """`| head -1`, `> /dev/full`, `>&-`."""
+    code = {"reader": '"$@" | head -1', "disk": '"$@" > /dev/full', "closed": '"$@" >&-'}[log]
+    if log == "disk" and not os.path.exists("/dev/full"):
+        pytest.skip("there is no /dev/full")
+    done = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {code}", "bash", *command(TRAIN, *TINY)],
+        env=environment(), capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    gone = "" if log == "closed" else "stdout cannot be written any more"
+    assert done.stderr.startswith(gone)
+    assert done.stderr.count("\n") == bool(gone)
+    assert steps("out")[-1] == 10
 
 
 def test_a_stop_in_an_evaluation_breaks_it_off_and_it_is_made_up_for(monkeypatch, capsys):  # C15

@@ -151,7 +151,9 @@ def read_prompt(start: str) -> str:
 
 def compact(config: Checked) -> str:
     """Return the keys that differ from their defaults, in lines that fit the terminal, or 100."""
-    width = min(100, shutil.get_terminal_size().columns) if sys.stdout.isatty() else 100
+    width = (
+        min(100, shutil.get_terminal_size().columns) if sys.stdout and sys.stdout.isatty() else 100
+    )
     pairs = [(f, getattr(config, f.name)) for f in in_order(type(config))]
     return textwrap.fill(" ".join(f"{f.name}={v!r}" for f, v in pairs if v != f.default), width)
 

@@ -173,9 +173,9 @@ class Report:
             sink.write(entry)
 
     def resume_clock(self) -> None:
-        """Leave what has passed since the last step, an evaluation or a save, out of the speed."""
-        self.since = self.counted = time.perf_counter()
-        self.steps = 0
+        """Leave what has passed since the last step, an evaluation and a save, out of the speed."""
+        now = time.perf_counter()
+        self.since, self.counted = self.since + now - self.counted, now
         self.progress.resumed()
         self.await_first_step()
 

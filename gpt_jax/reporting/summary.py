@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from gpt_jax.config import TrainConfig
 from gpt_jax.evaluation import Evaluation
 from gpt_jax.model import GPT
 from gpt_jax.reporting import Report, entries
@@ -51,8 +52,13 @@ def summary(report: Report, val: Evaluation, model: GPT, params: Any, tokenizer:
     print("next:")
     prompt = f' --start="{start}"' if start.strip() else ""
     print(as_typed(f"  python sample.py{flag}{prompt} --num_samples=3"))
-    more = f"--init_from=resume{flag} --max_iters={2 * config.max_iters}"
-    print(as_typed(f"  python train.py {more}"))
+    print(f"  {resuming(config)} --max_iters={2 * max(config.max_iters, report.progress.done)}")
+
+
+def resuming(config: TrainConfig) -> str:
+    """Return the command that goes on with a run."""
+    flag = "" if config.out_dir == "out" else f" --out_dir={config.out_dir}"
+    return as_typed(f"python train.py --init_from=resume{flag}")
 
 
 def facts(report: Report) -> dict[str, str]:

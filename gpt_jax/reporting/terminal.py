@@ -33,6 +33,8 @@ compiled: set[str] = set()  # steps that need not be compiled again
 
 def is_live() -> bool:
     """Return whether stdout is a terminal on which lines can be drawn again."""
+    if not sys.stdout:  # closed, by `>&-`
+        return False
     console = Console()
     able = not (console.is_dumb_terminal or console.legacy_windows)
     return sys.stdout.isatty() and console.is_terminal and able

@@ -126,10 +126,10 @@ class Stop:
 
 
 class Output:
-    """A stream that a stop outlives: what is printed after its reader has gone is dropped.
+    """A stream that a run outlives: once it cannot be written, what is printed is dropped.
 
-    The terminal that a SIGHUP tells of is gone, and so is the `tee` that the same Ctrl-C has ended:
-    a line printed to them must not cost the run its checkpoint.
+    A `tee` may be killed, by the same Ctrl-C or another's, the terminal that a SIGHUP tells of is
+    gone, the disk under a log may be full: a line must not cost the run its checkpoint.
     """
 
     def __init__(self, stream: Any, noted: threading.Event):
@@ -152,8 +152,10 @@ class Output:
             self.drop(error)
 
     def drop(self, error: OSError) -> None:
-        """Send what is still buffered, and all that follows, nowhere; only in a stop."""
-        if not self.noted.wait(GRACE):
-            raise error
+        """Send what is still buffered, and all that follows, nowhere; say so, if no stop is why."""
         with open(os.devnull, "wb") as nowhere:
             os.dup2(nowhere.fileno(), self.stream.fileno())
+        if not self.noted.wait(GRACE):
+            name = str(self.stream.name).strip("<>")
+            what = f"{name} cannot be written any more ({error.strerror})"
+            print(f"{what}: the run goes on, and its metrics.jsonl", file=sys.stderr)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from gpt_jax import checkpoint
-from gpt_jax.commandline import save_config
+from gpt_jax.commandline import save_config, saved_run
 from gpt_jax.config import TrainConfig
 from gpt_jax.errors import DamageError, UserError
 from gpt_jax.integrity import check_sizes
@@ -194,10 +194,11 @@ def move_damaged(out_dir: str, good: int) -> None:
             move(checkpoint.folder(out_dir) / str(step), Path(out_dir), f"damaged-{step}")
 
 
-def make_room(config: TrainConfig) -> None:
+def make_room(config: TrainConfig, meta: dict[str, Any]) -> None:
     """Write down the config of a run that begins; if it is new, an earlier one makes way.
 
-    Raises UserError where out_dir is a model of Hugging Face's: its config.json would be lost.
+    One that has come to max_iters before keeps the config that it was trained with. Raises
+    UserError where out_dir is a model of Hugging Face's: its config.json would be lost.
     """
     if gpt2.is_theirs(Path(config.out_dir)):
         raise UserError(
@@ -207,8 +208,23 @@ def make_room(config: TrainConfig) -> None:
     if is_first():
         if config.init_from not in ("resume", "auto"):
             set_aside(config.out_dir, config.init_from)
-        save_config(config)
+        over = "config" in meta and meta["iter"] >= config.max_iters
+        if over:
+            print(finished(config, meta["iter"], meta["config"].get("max_iters")))
+        if not (over and saved_run(config.out_dir)):
+            save_config(config)
     barrier()
+
+
+def finished(config: TrainConfig, iteration: int, its_own: Any) -> str:
+    """Return why a run has nothing left to train, and how it would: ``its_own`` max_iters."""
+    further = f"--max_iters={2 * max(iteration, 1)} trains on"
+    if type(its_own) is int and its_own > iteration:
+        further = f"--init_from=resume without a config goes on to its own max_iters={its_own}"
+    return (
+        f"{config.out_dir} is at iteration {iteration}, max_iters={config.max_iters}: nothing is "
+        f"left to train; {further}"
+    )
 
 
 def set_aside(out_dir: str, source: str) -> None:
