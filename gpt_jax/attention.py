@@ -28,10 +28,7 @@ def attention(
     if backend == "reference":
         return reference(q, k, v, causal_mask(q.shape[1]), dropout, key)
     if dropout:
-        raise UserError(
-            f"attention={backend} has no dropout (dropout={dropout}): "
-            "use --attention=auto or --dropout=0"
-        )
+        raise UserError(f"attention={backend} has no dropout={dropout}: use --attention=auto")
     if backend == "cudnn" and not cudnn_can(q, dropout):
         raise UserError(
             "attention=cudnn needs an NVIDIA GPU, bfloat16 or float16 and a head size that is a "

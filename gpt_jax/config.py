@@ -151,12 +151,16 @@ class TrainConfig(Hardware):
     kernels: str = key("auto", "our own for GPUs, or plain code", choices="auto|reference|pallas")
     remat: str = key("none", "recomputed in the backward pass", choices="none|dots|full")
     scan_layers: bool = key(False, "True: one rolled loop compiles faster; False: trains faster")
-    deterministic: bool = key(False, "the same bits in every run on a GPU, a little slower")
+    deterministic: bool = key(False, "the same bits in every run on a GPU; slower, attention too")
     peak_flops: float = key(0.0, "FLOP/s of one device, for mfu; 0: from a table", at_least=0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_network(self)
+        if self.deterministic and self.attention == "cudnn":
+            raise UserError("attention='cudnn' is not deterministic: use --attention=auto")
+        if self.deterministic and self.attention == "auto":  # which may be cuDNN's
+            object.__setattr__(self, "attention", "reference")
 
     def model_config(self, vocab_size: int, dtype: str, n_tokens: int = 0) -> GPTConfig:
         """Return the network to train, for a vocabulary and a dtype of the matrix products."""

@@ -888,3 +888,13 @@ def test_no_config_is_evaluated_as_python():
     for path in (folder / "config.py", *(folder / "commandline").glob("*.py")):
         text = path.read_text()
         assert not any(word in text for word in (" eval(", " exec(", "pickle", "import_module"))
+
+
+def test_a_deterministic_run_has_no_attention_of_cudnns():
+    """Its backward pass has XLA of JAX 0.11.2 fail when it is to be deterministic (IndexError)."""
+    config = TrainConfig(deterministic=True)
+    assert config.attention == "reference"
+    assert config.model_config(50304, "bfloat16").attention == "reference"
+    assert TrainConfig(deterministic=True, attention="xla").attention == "xla"
+    with pytest.raises(UserError, match="not deterministic: use --attention=auto"):
+        TrainConfig(deterministic=True, attention="cudnn", dtype="bfloat16")
