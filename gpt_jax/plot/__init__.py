@@ -19,8 +19,9 @@ USAGE = "usage: python -m gpt_jax.plot RUN [RUN ...] [PICTURE] [--x=step|tokens|
 class PlotConfig(Checked):
     """Draw the losses of a run, or compare those of several.
 
-    RUN is the out_dir of a run or its metrics.jsonl. PICTURE, or --out, ends in .png, .svg or .pdf;
-    without one it is RUN/loss.png, and comparison.png of several.
+    RUN is the out_dir of a run or its metrics.jsonl. PICTURE, or --out, ends in
+    .png, .svg or .pdf; without one it is RUN/loss.png, or comparison.png of
+    several.
     """
 
     command = "python -m gpt_jax.plot"
