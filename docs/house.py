@@ -37,7 +37,7 @@ INK, LINE, FILL, ROOF, EDGE = "#1b1b1b", "#5f6b76", "#dcebf7", "#fbe3c8", "#eeee
 
 def modules() -> dict[str, Path]:
     """Return the core's modules and the two scripts by name."""
-    core = {path.stem: path for path in sorted(PACKAGE.glob("*.py")) if path.stem != "__init__"}
+    core = {path.stem: path for path in sorted(PACKAGE.glob("[!_]*.py"))}
     return {**core, "train": ROOT / "train.py", "sample": ROOT / "sample.py"}
 
 

@@ -2,16 +2,20 @@
 
 import dataclasses
 import json
+import re
+import sys
 from pathlib import Path
 
 import pytest
 
 from gpt_jax import config as config_module
+from gpt_jax.bench.config import TrainBench
 from gpt_jax.commandline import compact, in_order, notes, save_config, usage
 from gpt_jax.commandline.files import PRESETS
 from gpt_jax.config import GPTConfig, SampleConfig, TrainConfig, parse
 from gpt_jax.errors import UserError
 from gpt_jax.evaluate import EvalConfig
+from gpt_jax.plan import PlanConfig
 
 README_CPU = [
     "config/train_shakespeare_char.py",
@@ -843,16 +847,23 @@ def test_sampling_and_evaluating_apply_no_preset_and_no_saved_config():
 # What is printed
 
 
-@pytest.mark.parametrize("kind", [TrainConfig, SampleConfig, EvalConfig])
-def test_help_lists_every_key_with_its_default_in_100_columns(kind):
+@pytest.mark.parametrize(("columns", "width"), [("80", 80), ("300", 100), ("", 80)])
+@pytest.mark.parametrize("kind", [TrainConfig, SampleConfig, EvalConfig, PlanConfig, TrainBench])
+def test_help_lists_every_key_with_its_default_in_whole_words_that_fit(
+    kind, columns, width, monkeypatch
+):
+    monkeypatch.setenv("COLUMNS", columns)
+    monkeypatch.setattr(sys, "__stdout__", None)  # what is not said is not known
     text = usage(kind)
     assert text.startswith(f"usage: {kind.command} [CONFIG ...] [--key=value ...]\n")
     assert all(name in text for name in PRESETS)
-    assert max(map(len, text.splitlines())) <= 100
+    assert width - 10 <= max(map(len, text.splitlines())) <= width
+    entries = dict(re.findall(r"^  --(\w+)=(.*(?:\n {37}.*)*)", text, re.MULTILINE))
     for f in dataclasses.fields(kind):
-        line = next(x for x in text.splitlines() if x.startswith(f"  --{f.name}="))
-        assert str(f.default).strip() in line
-        assert f.metadata["help"] in line
+        said = " ".join(entries[f.name].split())
+        assert str(f.default).strip() in said
+        choices = f" ({f.metadata['choices']})" if "choices" in f.metadata else ""
+        assert said.endswith(" " + f.metadata["help"] + choices)
     assert "--start='\\n'" in text or kind is not SampleConfig
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 import threading
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gpt_jax import plot
+from gpt_jax import integrity, plot
 from gpt_jax.errors import UserError
 from gpt_jax.plot import figure, losses
 from gpt_jax.plot.background import LossPicture
@@ -194,6 +195,76 @@ def test_a_comparison_has_a_line_a_run_over_each_x(tmp_path):
     assert legend[:2] == ["a/out: 2.5000 (best 2.2500)", "b/out: 1.5000"]
     strong = [line for line in axes.lines if str(line.get_label())[1:5] == "/out"]
     assert len({line.get_color() for line in strong}) == len({x.get_marker() for x in strong}) == 2
+
+
+def test_a_comparison_says_what_lies_above_its_axis(tmp_path):
+    logs = [log_of(tmp_path / name, [evaluation(i, 3 + 8 * 0.5**i) for i in range(100)])
+            for name in "ab"]  # fmt: skip
+    [axes] = comparison_picture(logs).axes
+    assert axes.get_ylim()[1] < 4
+    assert axes.get_title(loc="right") == "\u2191 losses up to 11.00"
+    assert axes.get_title(loc="left") == ""
+
+
+@pytest.mark.parametrize("last", [98_500_000, 100_000_000, 122_600])
+def test_the_last_label_of_an_axis_is_whole(tmp_path, last):
+    logs = [log_of(tmp_path / n, [evaluation(i, 2.0, tokens=i * last) for i in (0, 1)])
+            for n in "ab"]  # fmt: skip
+    for picture in (run_picture(logs[0], "tokens"), comparison_picture(logs, "tokens")):
+        picture.canvas.draw()
+        ends = [text.get_window_extent().x1 for text in picture.axes[-1].get_xticklabels()]
+        low, high = picture.axes[-1].get_xlim()
+        ticks = picture.axes[-1].get_xticks()
+        shown = [end for end, tick in zip(ends, ticks, strict=True) if low <= tick <= high]
+        assert max(shown) < picture.bbox.width - 5  # pixels
+
+
+def trained_run(path: Path, **tokenizer) -> Path:
+    """The golden run, with another tokenizer in its checkpoint if one is given."""
+    shutil.copytree(GOLDEN, path)
+    [meta] = path.glob("checkpoints/*/meta/metadata")
+    if tokenizer:
+        integrity.amend(meta, {"tokenizer": tokenizer})
+    return path
+
+
+def test_runs_of_other_data_or_tokenizers_are_not_comparable(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    runs = {
+        "char": trained_run(Path("char")),
+        "gpt2": trained_run(Path("gpt2"), kind="tiktoken", name="gpt2"),
+        "with_file": trained_run(Path("with_file"), kind="tiktoken", name="gpt2", merges="a b"),
+        "other": run_of(Path("other"), SHORT, dataset="openwebtext"),
+        "unknown": run_of(Path("unknown"), SHORT),
+        "broken": run_of(Path("broken"), SHORT),
+    }
+    (runs["broken"] / "config.json").write_text("{")
+    for names_, found in {
+        "char unknown broken": {},
+        "gpt2 with_file": {},
+        "gpt2 char": {"tokenizers": ["gpt2", "char"]},
+        "other char unknown": {"data sets": ["openwebtext", "text"]},
+        "other char gpt2": {"data sets": ["openwebtext", "text"], "tokenizers": ["char", "gpt2"]},
+    }.items():
+        logs = plot.read([runs[name] for name in names_.split()])
+        assert losses.differing(logs) == found
+        title = comparison_picture(logs).axes[0].get_title(loc="left")
+        assert title == (f"not comparable: {' and '.join(found)} differ" if found else "")
+    assert command(monkeypatch, "other", "char", "gpt2") == 0
+    said = capsys.readouterr()
+    assert said.out == "comparison.png\n"
+    assert said.err == (
+        "note: data sets differ (openwebtext, text), tokenizers differ (char, gpt2): "
+        "their losses cannot be compared\n"
+    )
+
+
+def test_a_run_named_twice_is_drawn_once_and_that_is_said(runs, monkeypatch, capsys):
+    for argv, picture in ((["a", "a/"], "a/loss.png"), (["a", "b", "a"], "comparison.png")):
+        assert command(monkeypatch, *argv) == 0
+        said = capsys.readouterr()
+        assert said.out == f"{picture}\n"
+        assert said.err == "note: a run that is named twice is drawn once\n"
 
 
 def test_fourteen_runs_are_told_apart_by_more_than_colour(tmp_path):

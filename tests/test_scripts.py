@@ -32,6 +32,23 @@ def test_gpt_jax_says_its_version(monkeypatch, capsys):
     assert capsys.readouterr().out == f"gpt_jax {__version__}\n"
 
 
+@pytest.mark.parametrize(
+    ("argv", "code", "said"),
+    [
+        ([], 0, "usage: gpt-jax COMMAND [...]"),
+        (["--version"], 0, f"gpt_jax {__version__}"),
+        (["plot"], 2, "error: no run is named; usage: python -m gpt_jax.plot "),
+    ],
+)
+def test_python_m_gpt_jax_is_the_command_gpt_jax(argv, code, said, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "gpt_jax", *argv],
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, cwd=tmp_path, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == code
+    assert (done.stdout + done.stderr).startswith(said)
+
+
 def test_gpt_jax_refuses_what_is_no_command_and_says_which_it_may_have_meant(monkeypatch, capsys):
     assert gpt_jax(monkeypatch, "trian", "--max_iters=2") == 2
     [line] = capsys.readouterr().err.splitlines()

@@ -102,11 +102,27 @@ def layers(values: dict, configs: list[str], flags: dict, kind: type[Checked]) -
 
 def usage(kind: type[Checked]) -> str:
     """Return the text of --help: every key, its default and its meaning."""
-    called = as_typed(kind.command)
-    lines = [f"usage: {called} [CONFIG ...] [--key=value ...]", "", kind.__doc__ or "", ""]
-    lines += textwrap.wrap(f"CONFIG: a file of assignments, or one of {', '.join(PRESETS)}.", 100)
-    lines += [f"Without one: {kind.preset or 'the defaults'}."]
-    return "\n".join(lines + keys(kind))
+    called, configs = as_typed(kind.command), ", ".join(PRESETS)
+    return "\n".join([
+        f"usage: {called} [CONFIG ...] [--key=value ...]", "",
+        *wrapped(kind.__doc__ or ""), "",
+        *wrapped(f"CONFIG: a file of assignments, or one of {configs}."),
+        f"Without one: {kind.preset or 'the defaults'}.",
+        *keys(kind),
+    ])  # fmt: skip
+
+
+def wrapped(text: str, first: str = "") -> list[str]:
+    """Return the lines of a text, whole words each, that fit the terminal, and 100 columns.
+
+    Where nobody knows how wide it is, as in a pipe, that is 80. Of ``first``, which begins the
+    first line, the others have the width.
+    """
+    width = min(100, shutil.get_terminal_size().columns)
+    return textwrap.wrap(
+        text, width, initial_indent=first, subsequent_indent=" " * len(first),
+        break_long_words=False, break_on_hyphens=False,
+    )  # fmt: skip
 
 
 def keys(kind: type[Checked]) -> list[str]:
@@ -117,7 +133,7 @@ def keys(kind: type[Checked]) -> list[str]:
             lines += ["", f.metadata["group"]]
         shown = repr(f.default) if f.default in ("", "\n") else f.default
         choices = f" ({f.metadata['choices']})" if "choices" in f.metadata else ""
-        lines.append(f"  {f'--{f.name}={shown}':34} {f.metadata['help']}{choices}")
+        lines += wrapped(f.metadata["help"] + choices, f"  {f'--{f.name}={shown}':34} ")
     return lines
 
 

@@ -3,11 +3,13 @@
 import json
 from array import array
 from collections import defaultdict
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from gpt_jax.checkpoint import read_meta, steps
 from gpt_jax.commandline import saved_run
 from gpt_jax.errors import UserError
 from gpt_jax.reporting import is_entry
@@ -105,6 +107,22 @@ class Log:
             return c["gradient_accumulation_steps"] * c["batch_size"] * c["block_size"]
         except KeyError:
             return None
+
+    def measured_on(self) -> dict[str, tuple[str, str]]:
+        """Return of what this run's losses are, as far as its folder knows: (identity, name) each.
+
+        The data set is what config.json says, the tokenizer what the newest checkpoint does.
+        """
+        run, known = str(self.path.parent), {}
+        with suppress(UserError, KeyError):  # one that cannot be read says nothing
+            dataset = saved_run(run)["dataset"]
+            known["data sets"] = (dataset, dataset)
+        with suppress(UserError, KeyError, IndexError):
+            spec = dict(read_meta(run, steps(run)[-1])["tokenizer"])
+            spec.pop("merges", None)  # GPT-2's file, which not every checkpoint keeps
+            name = spec.get("name", spec.get("kind"))
+            known["tokenizers"] = (json.dumps(spec, sort_keys=True), str(name))
+        return known
 
 
 def finite(x: np.ndarray) -> np.ndarray:

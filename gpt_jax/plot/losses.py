@@ -61,12 +61,7 @@ def run_picture(log: Log, x: str = "step") -> "Figure":
     for name, color, style in (("train", VERMILLION, "--"), ("val", BLACK, "-")):
         axes.plot(evals["x"] / unit, evaluated[name], style, color=color, linewidth=1.6, **marker,
                   label=f"{name} {last_and_best(evaluated[name])}")  # fmt: skip
-    if limits := loss_limits(lines, first, last):
-        axes.set_ylim(*limits)
-        highest = max(np.nanmax(y, initial=-np.inf) for _, y in lines)
-        if highest > limits[1]:
-            above = f"\N{UPWARDS ARROW} losses up to {highest:.2f}"
-            axes.set_title(above, loc="right", fontsize="medium")
+    limit_losses(axes, lines, first, last)
     mark_events(panels, steps, evals, unit)
     axes.set_title(names([log.path.parent])[0])
     if has_rate:
@@ -81,6 +76,16 @@ def run_picture(log: Log, x: str = "step") -> "Figure":
         panel.grid(alpha=0.3)
     axes.legend(loc="upper right", framealpha=0.9)
     return figure
+
+
+def limit_losses(axes: Any, lines: Sequence, first: float, last: float) -> None:
+    """Let the axis of losses show what loss_limits says, and say what lies above."""
+    if limits := loss_limits(lines, first, last):
+        axes.set_ylim(*limits)
+        highest = max(np.nanmax(y, initial=-np.inf) for _, y in lines)
+        if highest > limits[1]:
+            above = f"\N{UPWARDS ARROW} losses up to {highest:.2f}"
+            axes.set_title(above, loc="right", fontsize="medium")
 
 
 def last_and_best(loss: np.ndarray) -> str:
@@ -114,17 +119,32 @@ def mark_events(panels: Any, steps: dict, evals: dict, unit: float) -> None:
                       transform=axes.get_xaxis_transform(), label=label)  # fmt: skip
 
 
+def differing(logs: Sequence[Log]) -> dict[str, list[str]]:
+    """Return what forbids to compare the losses of these runs, and the names of each's kinds.
+
+    {} or some of {"data sets": [...], "tokenizers": [...]}: another text is harder or easier, and a
+    token of another tokenizer is more of it or less. What a folder does not say is no difference.
+    """
+    found = {}
+    measured = [log.measured_on() for log in logs]
+    for what in ("data sets", "tokenizers"):
+        known = dict(one[what] for one in measured if what in one)
+        if len(known) > 1:
+            found[what] = list(dict.fromkeys(known.values()))
+    return found
+
+
 def comparison_picture(logs: Sequence[Log], x: str = "step") -> "Figure":
     """Return the losses of several runs in one picture, over ``x``: "step", "tokens" or "time".
 
     Those of the validation split are drawn strong, those of the training split light; of a run not
-    yet evaluated the running median of its batches.
+    yet evaluated the running median of its batches. Above stands what forbids to compare them.
     Raises UserError where a log is empty or does not know ``x``.
     """
     columns = [log.over(x) for log in logs]
     every = np.concatenate([kind["x"] for both in columns for kind in both])
     first, last = np.nanmin(every), np.nanmax(every)
-    figure = new_figure(8, 5, left=0.09, right=0.97, top=0.96, bottom=0.11)
+    figure = new_figure(8, 5, left=0.09, right=0.96, top=0.94, bottom=0.11)
     axes = figure.subplots()
     unit = label_x(axes, x, last)
     drawn = []
@@ -141,8 +161,9 @@ def comparison_picture(logs: Sequence[Log], x: str = "step") -> "Figure":
                   marker=MARKERS[i % len(MARKERS)], markevery=max(1, len(val) // 10),
                   label=f"{title}: {last_and_best(val)}")  # fmt: skip
         drawn += [light, (evals["x"], val)]
-    if limits := loss_limits(drawn, first, last):
-        axes.set_ylim(*limits)
+    limit_losses(axes, drawn, first, last)
+    if differ := " and ".join(differing(logs)):
+        axes.set_title(f"not comparable: {differ} differ", loc="left", fontsize="medium")
     axes.plot([], [], color="grey", linewidth=1, alpha=0.6, label="train, without markers")
     axes.set_ylabel(LOSS)
     axes.margins(x=0.02)
