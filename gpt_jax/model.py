@@ -149,7 +149,7 @@ class MLP(nn.Module):
     def __call__(self, x: Array, key: Any) -> Array:
         c = self.config
         x = Linear(c, (c.n_embd,), (4 * c.n_embd,), name="c_fc")(x)
-        x = gelu(x, approximate=c.activation == "gelu_tanh")
+        x = gelu(x, c.activation == "gelu_tanh", c.kernels)
         std = 0.02 / math.sqrt(2 * c.n_layer)
         x = Linear(c, (4 * c.n_embd,), (c.n_embd,), std, name="c_proj")(x)
         return dropped(x, c.dropout, key)

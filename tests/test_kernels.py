@@ -17,7 +17,7 @@ from gpt_jax import kernels, reporting
 from gpt_jax.config import GPTConfig, TrainConfig
 from gpt_jax.errors import UserError
 from gpt_jax.kernels import cross_entropy, layer_norm
-from gpt_jax.kernels.gelu import gelu
+from gpt_jax.kernels.gelu import gelu, in_kernels
 from gpt_jax.loss import cross_entropy_of_projection
 from gpt_jax.model import GPT
 from gpt_jax.plan.topology import as_if_there, describe_topology
@@ -173,6 +173,39 @@ def test_gelu_and_its_slope_are_the_exact_ones():
     for f, bound in ((gelu, 0), (jax.vmap(jax.grad(gelu)), 4e-7)):
         theirs = jax.jit(exact if f is gelu else jax.vmap(jax.grad(exact)))(x)
         assert np.abs(jax.jit(f)(x) - theirs).max() <= bound
+
+
+@pytest.mark.parametrize("n", [4096, 1001])  # whole programs, and not
+def test_gelu_in_kernels_is_exact_to_a_fifth_of_what_float16_rounds_away(n):
+    """C34's kind: both passes to 1e-4 of themselves where it matters, on either side of 0."""
+    x = np.linspace(-5, 5, n).astype(np.float32)
+    exact = lambda x: 0.5 * x * (1 + jax.lax.erf(x * 0.5**0.5))  # noqa: E731
+    with jax.enable_x64():
+        wide = jnp.float64(x)
+        value, slope = exact(wide), jax.vmap(jax.grad(exact))(wide)
+    np.testing.assert_allclose(in_kernels(x), value, rtol=1.1e-4, atol=1e-7)
+    ones = jnp.ones(n, jnp.float32)
+    np.testing.assert_allclose(jax.vjp(in_kernels, x)[1](ones)[0], slope, rtol=2e-4, atol=5e-5)
+
+
+def test_gelu_in_kernels_is_the_exact_value_rounded_to_16_bits_or_its_neighbour():
+    x = jnp.linspace(-9, 9, 2**16).astype(jnp.bfloat16)
+    with jax.enable_x64():
+        y = jnp.float64(x)
+        exact = (0.5 * y * (1 + jax.lax.erf(y * 0.5**0.5))).astype(jnp.bfloat16)
+    bits = [np.int32(np.asarray(y).view(np.int16)) for y in (in_kernels(x), exact)]
+    apart = np.abs(bits[0] - bits[1])[np.abs(np.float32(x)) < 5]
+    assert apart.max() <= 1
+    assert (apart > 0).mean() < 0.02
+    np.testing.assert_allclose(np.float32(in_kernels(x)), np.float32(exact), rtol=1e-2, atol=1e-6)
+
+
+@pytest.mark.parametrize("value", [np.inf, np.nan, 3e38, -3e38])
+def test_gelu_in_kernels_of_numbers_at_the_edge_is_the_plain_one(value):
+    x = jnp.full(3, value, jnp.bfloat16)
+    np.testing.assert_array_equal(np.float32(in_kernels(x)), np.float32(gelu(x)))
+    slopes = [jax.vjp(f, x)[1](jnp.ones_like(x))[0] for f in (in_kernels, gelu)]
+    np.testing.assert_array_equal(*(np.float32(slope) for slope in slopes))
 
 
 # --- the network

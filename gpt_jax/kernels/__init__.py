@@ -97,6 +97,37 @@ def launch(kernel: Any, *, warps: int, stages: int = 1, **arguments: Any) -> Any
     return pl.pallas_call(kernel, compiler_params=parameters, interpret=no_gpu(), **arguments)
 
 
+def instruction(name: str, otherwise: Any, *inputs: Array) -> Array:
+    """Return what an instruction of the GPU's makes of float32 arrays of one shape, in a kernel.
+
+    For where Triton's own takes several: for the sake of denormals, or as it rounds each product
+    before it adds. Where there is no GPU, what a function says ``otherwise``.
+    """
+    if no_gpu():
+        return otherwise(*inputs)
+    places = ", ".join(f"${i}" for i in range(1 + len(inputs)))
+    return triton.elementwise_inline_asm(
+        f"{name} {places};", args=inputs, constraints=",".join(["=f", *"f" * len(inputs)]), pack=1,
+        result_shape_dtypes=[jax.ShapeDtypeStruct(inputs[0].shape, jnp.float32)],
+    )[0]  # fmt: skip
+
+
+def fma(x: Array, y: Array, z: Array | float) -> Array:
+    """Return x y + z, rounded once."""
+    z = jnp.full_like(x, z) if isinstance(z, float) else z
+    return instruction("fma.rn.ftz.f32", lambda x, y, z: x * y + z, x, y, z)
+
+
+def exp2(x: Array) -> Array:
+    """Return 2^x within 2 ulp, 0 for denormals."""
+    return instruction("ex2.approx.ftz.f32", jnp.exp2, x)
+
+
+def reciprocal(x: Array) -> Array:
+    """Return 1/x within 1 ulp, 0 for denormals."""
+    return instruction("rcp.approx.ftz.f32", jnp.reciprocal, x)
+
+
 def barrier() -> None:
     """Let a program's threads wait for each other: what one has stored all can load.
 
