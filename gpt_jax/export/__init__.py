@@ -115,9 +115,10 @@ def whole(destination: Path) -> Iterator[Path]:
         refuse_to_overwrite(destination)
         temporary.rename(destination)
     except OSError as error:
-        reason = f"{error.strerror or error}{free_bytes(destination)}"
+        free = free_bytes(destination, error)
         raise UserError(
-            f"{destination} cannot be written ({reason}): make room, or name another place"
+            f"{destination} cannot be written ({error.strerror or error}{free}): "
+            f"{'make room, or ' * bool(free)}name another place"
         ) from None
     finally:
         remove(temporary)
