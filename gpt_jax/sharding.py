@@ -64,9 +64,7 @@ def make_mesh(
     asked = " ".join(f"--{k}={n}" for k, n in sizes.items() if n != (-1 if k == "data" else 1))
     known = math.prod(size for size in sizes.values() if size != -1)
     if 0 in sizes.values() or list(sizes.values()).count(-1) > 1:
-        raise UserError(
-            f"{asked}: each must be positive, or one -1 for the rest (by default --data)"
-        )
+        raise UserError(f"{asked}: each must be 1 or more, or one -1 for the rest (default: data)")
     sizes = {name: len(devices) // known if n == -1 else n for name, n in sizes.items()}
     n = math.prod(sizes.values())
     all_needed = -1 in (data, fsdp, tensor) or len({d.process_index for d in devices}) > 1
