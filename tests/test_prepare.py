@@ -350,8 +350,21 @@ def test_a_split_too_short_to_predict_one_token_is_refused(tmp_path, split):
 
 def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"cannot write in .*file.set: .*--data_dir="):
+    with pytest.raises(UserError, match=r"cannot write in .*file.set: [^;]*; choose .*--data_dir="):
         files.write(tmp_path / "file" / "set", corpus_of([]), silent)
+
+
+@pytest.mark.parametrize("error", [UserError, KeyboardInterrupt])
+def test_what_fails_leaves_no_empty_folder_that_it_has_made(tmp_path, error):
+    def fails():
+        raise error
+        yield
+
+    (tmp_path / "old").mkdir()
+    for name in ("old", "new"):
+        with pytest.raises(error):
+            files.write(tmp_path / name, corpus_of(fails()), silent)
+    assert names(tmp_path) == ["old"]
 
 
 def test_a_disk_that_fills_up_is_one_line(tmp_path):

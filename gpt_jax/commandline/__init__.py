@@ -143,7 +143,8 @@ def read_prompt(start: str) -> str:
         with open(start[5:], encoding="utf-8") as file:
             prompt = file.read(LONGEST_PROMPT + 1)
     except (OSError, ValueError) as error:
-        why = getattr(error, "strerror", None) or "it is not UTF-8"
+        why = getattr(error, "strerror", None) or error
+        why = "it is not UTF-8" if isinstance(error, UnicodeError) else why
         raise UserError(
             f"the prompt's file {start[5:]!r:.100} cannot be read ({why}): give a text by its "
             "path, --start=FILE:prompt.txt"
