@@ -109,7 +109,7 @@ def whole(destination: Path) -> Iterator[Path]:
     """
     there = next(path for path in destination.absolute().parents if path.exists())
     if not there.is_dir():
-        raise UserError(f"{destination} cannot be made: {there} is a file: name another place")
+        raise UserError(f"{destination} cannot be written ({there} is a file): name another place")
     temporary = destination.with_name(f".{destination.name}.exporting")
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
