@@ -189,7 +189,7 @@ def choose(out_dir: str, step: str) -> list[int]:
     """
     have = steps(out_dir)
     if not have:
-        advice = "train first, or name a run with --out_dir"
+        advice = "train first, or name the folder of a run, train.py's --out_dir"
         if (nanogpts := Path(out_dir) / "ckpt.pt").is_file():
             advice = f"nanoGPT's is taken by --init_from={nanogpts}"
         raise UserError(f"no checkpoint in {out_dir}: {advice}")

@@ -61,17 +61,18 @@ def make_mesh(
             raise UserError(f"device={device}, but there are {len(devices)} devices, from 0 on")
         devices = devices[index : index + 1]
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
-    asked = " ".join(f"--{name}={size}" for name, size in sizes.items())
+    asked = " ".join(f"--{k}={n}" for k, n in sizes.items() if n != (-1 if k == "data" else 1))
     known = math.prod(size for size in sizes.values() if size != -1)
     if 0 in sizes.values() or list(sizes.values()).count(-1) > 1:
-        raise UserError(f"{asked}: each must be 1 or more, or one of them -1 for the rest")
+        raise UserError(f"{asked}: each must be 1 or more, or one -1 for the rest (default: data)")
     sizes = {name: len(devices) // known if n == -1 else n for name, n in sizes.items()}
     n = math.prod(sizes.values())
     all_needed = -1 in (data, fsdp, tensor) or len({d.process_index for d in devices}) > 1
     if n > len(devices) or n == 0 or (n < len(devices) and all_needed):
         raise UserError(
-            f"{asked} does not fit the {len(devices)} devices there are: their product must be "
-            f"{len(devices)} (a resumed run keeps its sizes where no others are given)"
+            f"{asked} does not fit the number of devices, {len(devices)}: give sizes of that "
+            f"product, or on a CPU set XLA_FLAGS=--xla_force_host_platform_device_count={known} (a "
+            "resumed run keeps its sizes where no others are given)"
         )
     grid = device_grid(tuple(sizes.values()), devices[:n])
     # Auto and not make_mesh's default: linen looks up sharded tables under it
@@ -92,11 +93,10 @@ def device_grid(sizes: tuple[int, ...], devices: Any) -> np.ndarray:
             f"--tensor={sizes[2]} would reach across {slices} slices or nodes of "
             f"{len(devices) // slices} devices: give a --tensor and --fsdp that fit in one"
         )
+    may_split: Any = {"allow_split_physical_axes": True}
     if slices == 1:
-        return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
-    return mesh_utils.create_hybrid_device_mesh(
-        within, across, devices, allow_split_physical_axes=True
-    )
+        return mesh_utils.create_device_mesh(sizes, devices, **may_split)
+    return mesh_utils.create_hybrid_device_mesh(within, across, devices, **may_split)
 
 
 def spec(mesh: Mesh, path: Any, leaf: Any) -> PartitionSpec:

@@ -523,7 +523,9 @@ def test_a_config_that_cannot_be_read_is_one_line():
     Path("nul.py").write_bytes(b"out_dir = 'a\0b'")
     write("long.py", "# " + "x" * 100_000)
     write("broken.py", "batch_size = 1\nbatch_size = = 2")
-    assert "folder: cannot be read: Is a directory" in refusal(["folder"])
+    assert "folder is a folder, no config file: a run's is named by --out_dir=folder" in refusal(
+        ["folder"]
+    )
     assert "latin.py: " in refusal(["latin.py"])
     assert "nul.py:" in refusal(["nul.py"])
     assert "longer than 100000 characters" in refusal(["long.py"])

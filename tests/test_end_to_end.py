@@ -304,11 +304,11 @@ BAD = {
     "short file": ([], damage("val.bin", b"\0" * 20), "data/text/val.bin has 10 tokens"),
     "unknown token": ([], damage("train.bin", b"\xff\0" * 99), "token 0 is 255, but vocab_size="),
     "hostile meta.pkl": ([], hostile_meta, "meta.pkl"),
-    "unwritable out_dir": (["--out_dir=text.txt/out"], None, "out_dir=text.txt/out cannot be"),
+    "unwritable out_dir": (["--out_dir=text.txt/out"], None, "text.txt is a file: name a"),
     "nothing to resume": (["--init_from=resume", "--out_dir=no"], None, "no checkpoint"),
     "unknown device": (["--device=abacus"], None, "device='abacus' is not one of"),
-    "too many devices": (["--fsdp=16"], None, "--data=-1 --fsdp=16 --tensor=1 does not fit the 8"),
-    "two sizes open": (["--fsdp=-1"], None, "or one of them -1 for the rest"),
+    "too many devices": (["--fsdp=16"], None, "--fsdp=16 does not fit the number of dev"),
+    "two sizes open": (["--fsdp=-1"], None, "or one -1 for the rest"),
     "heads on devices": (["--tensor=8"], None, "--tensor=8 does not divide n_head=2 (h/attn/c_"),
     "another mesh of hosts": (["--process_id=4", "--num_processes=2"], None, "process_id=4 is out"),
     "indivisible": (["--batch_size=3"], None, "batch_size=3 x gradient_accumulation_steps=2"),
@@ -359,7 +359,11 @@ def test_an_automatic_start_does_not_go_on_with_another_data_set(monkeypatch, ca
     [
         (["--start=€"], "character '€' (U+20AC) at position 0"),
         (["--start="], "the prompt has no tokens"),
-        (["--start=FILE:none.txt"], "start='FILE:none.txt': cannot be read"),
+        (
+            ["--start=FILE:none.txt"],
+            "'none.txt' cannot be read (No such file or directory): give a",
+        ),
+        (["--start=FILE:latin-1.txt"], "'latin-1.txt' cannot be read (it is not UTF-8): give a"),
         (["--stop=to"], "stop='to' is 2 tokens"),
         (["--step=77"], "out has no checkpoint of step 77, only of"),
         (["--out_dir=none"], "no checkpoint in none"),
@@ -368,6 +372,7 @@ def test_an_automatic_start_does_not_go_on_with_another_data_set(monkeypatch, ca
 )
 def test_a_sample_that_cannot_be_is_refused_in_one_line(flags, told, monkeypatch, capsys):
     run(train, monkeypatch, *TINY, "--max_iters=1", "--eval_interval=9")
+    Path("latin-1.txt").write_bytes(b"caf\xe9")
     capsys.readouterr()
     assert run(sample, monkeypatch, *flags) == 2
     error = capsys.readouterr().err

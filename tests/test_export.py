@@ -370,6 +370,7 @@ def test_a_value_beyond_float16_is_refused_and_leaves_nothing(work, run, monkeyp
         (["--out_dir=plain"], "0 destinations are named"),
         (["--out_dir=plain", "a", "b"], "2 destinations are named"),
         (["--out_dir=nowhere", "a"], "no checkpoint in nowhere"),
+        (["--out_dir=plain", f"{__file__}/a"], f"{__file__} is a file): name another place"),
         (["--out_dir=plain", "--to=gguf", "a"], "to='gguf' is not one of hf|safetensors|nanogpt"),
         (["--out_dir=plain", "--to=safetensors", "a"], "let a end in .safetensors"),
         (["--out_dir=plain", "--optimizer=True", "a"], "optimizer=True is for a run's --to=safet"),

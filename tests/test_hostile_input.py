@@ -299,7 +299,7 @@ def test_a_config_that_is_no_text_is_refused(tmp_path, monkeypatch, run, kind):
         Path("evil.py").write_bytes(bytes(range(256)))
     else:
         Path("evil.py").symlink_to("/dev/zero")
-    refused(run(train, "evil.py"), "cannot be read", "nothing was executed")
+    refused(run(train, "evil.py"), "is a folder", "cannot be read", "nothing was executed")
 
 
 def test_files_that_happen_to_lie_in_the_current_directory_are_not_run(work, run):
@@ -568,14 +568,14 @@ def test_a_run_goes_on_whatever_its_metrics_say(work, run, text):
         ("\0", "is not among the 23 symbols"),
         ("🙂" * 250_000, "is not among the 23 symbols"),
         ("", "the prompt has no tokens"),
-        ("FILE:", "cannot be read as text"),
+        ("FILE:", "cannot be read (No such file"),
         ("FILE:empty", "the prompt has no tokens"),
-        ("FILE:noise", "cannot be read as text"),
-        ("FILE:data", "cannot be read as text"),
+        ("FILE:noise", "cannot be read (it is not UTF-8)"),
+        ("FILE:data", "cannot be read (Is a directory)"),
         ("FILE:/dev/zero", "longer than 10,000,000 characters"),
-        ("FILE:" + "x" * 300, "cannot be read as text"),
-        ("FILE:a\0b", "cannot be read as text"),
-        ("FILE:a\nb", "cannot be read as text"),
+        ("FILE:" + "x" * 300, "cannot be read (File name too long)"),
+        ("FILE:a\0b", "cannot be read (embedded null byte)"),
+        ("FILE:a\nb", "cannot be read (No such file"),
     ],
     ids=lambda text: repr(text[:20]),
 )

@@ -21,6 +21,7 @@ from gpt_jax.integrity import (
     check_digests,
     checksums,
     digests,
+    free_bytes,
     replace_file,
     sealed,
     written,
@@ -246,6 +247,16 @@ def test_what_cannot_be_written_is_said_in_a_line_with_the_place_and_its_free_by
     assert said.startswith(f"{path} cannot be written (OSError: [Errno 28] No space left")
     assert " bytes are free there): what was saved before is whole" in said
     assert "\n" not in said
+
+
+@pytest.mark.parametrize(
+    "error", [PermissionError(errno.EACCES, "no"), NotADirectoryError(20, "no")]
+)
+def test_free_bytes_are_no_answer_to_what_is_not_for_want_of_them(tmp_path, error):
+    assert free_bytes(tmp_path, error) == ""
+    for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        assert " bytes are free there" in free_bytes(tmp_path, OSError(code, "full"))
+    assert " bytes are free there" in free_bytes(tmp_path, ValueError("RESOURCE_EXHAUSTED: disk"))
 
 
 class Device:

@@ -350,8 +350,21 @@ def test_a_split_too_short_to_predict_one_token_is_refused(tmp_path, split):
 
 def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"cannot write in .*file.set: .*--data_dir="):
+    with pytest.raises(UserError, match=r"cannot write in .*file.set: [^;]*; choose .*--data_dir="):
         files.write(tmp_path / "file" / "set", corpus_of([]), silent)
+
+
+@pytest.mark.parametrize("error", [UserError, KeyboardInterrupt])
+def test_what_fails_leaves_no_empty_folder_that_it_has_made(tmp_path, error):
+    def fails():
+        raise error
+        yield
+
+    (tmp_path / "old").mkdir()
+    for name in ("old", "new"):
+        with pytest.raises(error):
+            files.write(tmp_path / name, corpus_of(fails()), silent)
+    assert names(tmp_path) == ["old"]
 
 
 def test_a_disk_that_fills_up_is_one_line(tmp_path):
@@ -601,6 +614,16 @@ def test_no_server_at_all_is_one_line(get):
     assert "\n" not in str(error.value)
 
 
+def test_shakespeare_without_a_network_leaves_no_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(download, "PAUSE_SECONDS", 0)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with serve() as (url, _):
+        monkeypatch.setattr(shakespeare, "URL", url)
+    with pytest.raises(UserError, match="cannot download"):
+        prepare("shakespeare_char", tmp_path / "data" / "new", log=silent)
+    assert names(tmp_path) == []
+
+
 def test_shakespeare_downloads_into_its_folder(tmp_path, monkeypatch, tinyshakespeare):
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     with serve(tinyshakespeare.read_bytes()) as (url, _):
@@ -716,6 +739,8 @@ def test_text_without_gpt2s_files_says_so_and_makes_no_folder(tmp_path):
     [
         ([], "name one data set, not 0: pystdlib, "),
         (["pystdlib", "text"], "name one data set, not 2"),
+        (["shakespeare", "a.txt"], "files go to text, or behind --input="),
+        (["txet", "my_texts"], "unknown data set 'txet', did you mean 'text'"),
         (["shakespere"], "unknown data set 'shakespere', did you mean 'shakespeare'"),
         (["text", "--inptu=a.txt"], "unknown flag '--inptu', did you mean '--input'"),
         (["text", "-v"], "unknown flag '-v', there are --input, "),

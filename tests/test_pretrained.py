@@ -111,7 +111,9 @@ def test_a_folder_that_holds_no_run_is_refused_by_name(tmp_path, monkeypatch, so
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError) as error:
         load(source)
-    assert f"no checkpoint in {source}: train first, or name a run" in str(error.value)
+    assert f"no checkpoint in {source}: train first, or name the folder of a run" in str(
+        error.value
+    )
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import io
 import os
 import pty
 import re
+import signal
 import struct
 import subprocess
 import sys
@@ -189,6 +190,56 @@ def test_in_the_background_nothing_is_drawn_and_lines_are_as_they_are(monkeypatc
         sys.stdout.write("another\n")
         shown.refresh()
         assert tty.screen().lines() == ["a line", "another", "two"]
+
+
+@pytest.mark.parametrize("first", ["a line", "a drawing", "the end"])
+def test_after_a_stop_what_the_shell_has_written_meanwhile_stays(first, monkeypatch):
+    """Ctrl-Z, then fg: the terminal is this process's again, but what is above is the shell's."""
+    tty, now, lines = on_terminal(monkeypatch), [100.0], ["one", "two"]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    with Foot(lambda width: [Text(line) for line in lines]) as shown:
+        now[0] += terminal.PERIOD + 1  # late, as on a busy machine
+        print("a line")
+        now[0] += terminal.PERIOD + 60
+        tty.write("A\nB\nC\n")
+        if first == "a line":
+            print("another")
+        elif first == "a drawing":
+            lines[:] = ["three"]
+            shown.refresh()
+            print("another")
+        if first != "the end":
+            drawn = [] if first == "a line" else ["three"]
+            assert tty.screen().lines() == [
+                "a line",
+                "one",
+                "two",
+                "A",
+                "B",
+                "C",
+                "another",
+                *drawn,
+            ]
+            shown.refresh()
+            assert tty.screen().lines()[7:] == lines
+    rest = [] if first == "the end" else ["another"]
+    assert tty.screen().lines() == ["a line", "one", "two", "A", "B", "C", *rest]
+
+
+def test_a_terminal_that_is_held_by_ctrl_s_is_no_stop(monkeypatch):
+    tty, now = on_terminal(monkeypatch), [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    with foot("one"):
+
+        def held(text, write=tty.write):
+            now[0] += terminal.PERIOD + 60
+            return write(text)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(tty, "write", held)
+            print("a line")
+        print("another")
+        assert tty.screen().lines() == ["a line", "another", "one"]
 
 
 def test_a_terminal_of_plain_ascii_gets_plain_bars(monkeypatch):
@@ -551,7 +602,21 @@ def test_a_second_ctrl_c_leaves_a_terminal_that_a_shell_can_go_on_with():
         os.write(ours, b"\x03")
         assert process.wait() == 130
     *_, screen = frames(bytes(shown), 80)
-    lines = [line for line in screen.lines() if line not in ("^C", "")]
-    assert lines == ["ready", "SIGINT: saving after this iteration (again: stop now)", "one", "two"]
-    assert screen.cursor[0] in (0, len("^C"))  # which the terminal itself shows, below
-    assert not screen.cursor[1]
+    assert screen.lines() == [
+        "ready", "SIGINT: saving after this iteration (again: stop now)",
+        "SIGINT: stopped at once: what was done since the last checkpoint is not saved",
+    ]  # fmt: skip
+    assert screen.cursor == (0, False)
+
+
+def test_a_second_ctrl_c_is_not_held_up_by_a_terminal_that_is():
+    """Ctrl-S."""
+    with pseudo_terminal(80) as (file, ours, shown):
+        process = in_terminal(file, "-c", WAITS)
+        wait_for(b"ready", shown, process)
+        os.write(ours, b"\x03")
+        wait_for(b"stop now", shown, process)
+        termios.tcflow(file.fileno(), termios.TCOOFF)
+        process.send_signal(signal.SIGINT)
+        assert process.wait() == 130
+        termios.tcflow(file.fileno(), termios.TCOON)

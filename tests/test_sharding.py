@@ -89,14 +89,21 @@ def test_one_size_of_a_mesh_may_be_left_to_the_devices(asked, sizes):
     [(16, 1, 1), (4, 4, 1), (-1, 3, 1), (-1, 5, 1), (-1, 16, 1), (3, -1, 1), (-1, 1, 7), (1, 1, 9)],
 )
 def test_a_mesh_that_does_not_fit_the_devices_is_refused_with_its_sizes(asked):
-    words = "--data={} --fsdp={} --tensor={} does not fit the 8 devices there are".format(*asked)
-    with pytest.raises(UserError, match=re.escape(words)):
+    named = zip(("data", "fsdp", "tensor"), asked, (-1, 1, 1), strict=True)
+    words = " ".join(f"--{name}={size}" for name, size, default in named if size != default)
+    with pytest.raises(UserError) as error:
         make_mesh("auto", *asked)
+    assert str(error.value).startswith(f"{words} does not fit the number of devices, 8: ")
+
+
+def test_sizes_for_more_devices_than_there_are_name_the_way_to_more_on_a_cpu():
+    with pytest.raises(UserError, match=r"or on a CPU set XLA_FLAGS=--xla_force_host_.*_count=12 "):
+        make_mesh("auto", fsdp=6, tensor=2, devices=jax.devices()[:1])
 
 
 @pytest.mark.parametrize("asked", [(0, 1, 1), (-1, -1, 1), (-1, 0, 1), (-1, 1, -1)])
 def test_a_size_of_nothing_and_two_left_open_are_refused(asked):
-    with pytest.raises(UserError, match="or one of them -1 for the rest"):
+    with pytest.raises(UserError, match="or one -1 for the rest"):
         make_mesh("auto", *asked)
 
 

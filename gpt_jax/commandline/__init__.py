@@ -159,7 +159,12 @@ def read_prompt(start: str) -> str:
         with open(start[5:], encoding="utf-8") as file:
             prompt = file.read(LONGEST_PROMPT + 1)
     except (OSError, ValueError) as error:
-        raise UserError(f"start={start!r:.100}: cannot be read as text ({error})") from None
+        why = getattr(error, "strerror", None) or error
+        why = "it is not UTF-8" if isinstance(error, UnicodeError) else why
+        raise UserError(
+            f"the prompt's file {start[5:]!r:.100} cannot be read ({why}): give a text by its "
+            "path, --start=FILE:prompt.txt"
+        ) from None
     if len(prompt) > LONGEST_PROMPT:
         raise UserError(f"start={start!r:.99} is longer than {LONGEST_PROMPT:,} characters: cut it")
     return prompt

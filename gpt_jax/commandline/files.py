@@ -68,6 +68,10 @@ def read_config(name: str, names: dict[str, Any]) -> dict[str, tuple[Any, str]]:
         raise UserError(f"no config file or preset {suggest(preset, PRESETS)} (presets: {known})")
     names, found = dict(names), {}
     place = shown = path if path.isprintable() else ascii(path)
+    if os.path.isdir(path):
+        raise UserError(
+            f"{shown} is a folder, no config file: a run's is named by --out_dir={shown}"
+        )
     try:
         for node in parse_file(path).body:
             place = f"{shown}:{node.lineno}"

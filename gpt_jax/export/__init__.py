@@ -107,6 +107,9 @@ def whole(destination: Path) -> Iterator[Path]:
 
     Else nothing is left of it. Raises UserError for whatever the disk refuses.
     """
+    there = next(path for path in destination.absolute().parents if path.exists())
+    if not there.is_dir():
+        raise UserError(f"{destination} cannot be written ({there} is a file): name another place")
     temporary = destination.with_name(f".{destination.name}.exporting")
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
@@ -115,9 +118,10 @@ def whole(destination: Path) -> Iterator[Path]:
         refuse_to_overwrite(destination)
         temporary.rename(destination)
     except OSError as error:
-        reason = f"{error.strerror or error}{free_bytes(destination)}"
+        free = free_bytes(destination, error)
         raise UserError(
-            f"{destination} cannot be written ({reason}): make room, or name another place"
+            f"{destination} cannot be written ({error.strerror or error}{free}): "
+            f"{'make room, or ' * bool(free)}name another place"
         ) from None
     finally:
         remove(temporary)

@@ -3,6 +3,7 @@
 To Orbax a bit that has flipped in an array's file is as good as any.
 """
 
+import errno
 import hashlib
 import itertools
 import json
@@ -31,6 +32,7 @@ KINDS = {  # of what a checkpoint's JSON must hold
     "config": dict, "model": dict, "tokenizer": dict, "digests": dict, "sha256": str,
 }  # fmt: skip
 ENOUGH = 32  # updates before a spike can stand out from them
+FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC), errno.EFBIG)  # Windows has no EDQUOT
 HIGHEST_RATIO = 1000  # bytes of arrays to a byte on the disk
 
 
@@ -74,8 +76,13 @@ def in_a_line(error: Exception) -> str:
     return text if len(text) <= 300 else f"{text[:100]} ... {text[-180:]}"
 
 
-def free_bytes(path: str | Path) -> str:
-    """Return what to say of the space left where ``path`` lies or would lie."""
+def free_bytes(path: str | Path, error: Exception) -> str:
+    """Return what to say of the space left where ``path`` lies or would lie.
+
+    "" where what failed had another reason; what Orbax raises may not tell.
+    """
+    if isinstance(error, OSError) and error.errno not in (*FULL, None):
+        return ""
     for there in (Path(path).absolute(), *Path(path).absolute().parents):
         with suppress(OSError):
             return f"; {shutil.disk_usage(there).free:,} bytes are free there"
@@ -84,13 +91,13 @@ def free_bytes(path: str | Path) -> str:
 
 @contextmanager
 def written(path: str | Path) -> Iterator[None]:
-    """Turn whatever fails when writing below ``path`` into a RunError with the space left there."""
+    """Turn whatever fails when writing below ``path`` into a RunError, with the space left."""
     try:
         yield
     except RunError:
         raise
     except Exception as error:  # Orbax passes on what its own libraries and threads raise
-        why = f"{path} cannot be written ({in_a_line(error)}{free_bytes(path)})"
+        why = f"{path} cannot be written ({in_a_line(error)}{free_bytes(path, error)})"
         advice = "what was saved before is whole: mend it and go on with --init_from=resume"
         raise RunError(f"{why}: {advice}") from error
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gpt_jax.errors import UserError
-from gpt_jax.integrity import free_bytes, in_a_line, replace_file
+from gpt_jax.integrity import free_bytes, replace_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -48,13 +48,19 @@ def save(figure: "Figure", path: Path) -> Path:
     """
     if path.suffix.lower() not in SUFFIXES:
         raise UserError(f"{path} is no picture's name: let it end in {', '.join(SUFFIXES)}")
+    if not path.parent.is_dir():
+        problem = f"{path} cannot be written: there is no folder {path.parent}"
+        raise UserError(f"{problem}: make it, or name another")
     buffer = io.BytesIO()
     figure.savefig(buffer, format=path.suffix[1:].lower())
     try:
         replace_file(path, buffer.getvalue())
     except OSError as error:
-        problem = f"{path} cannot be written ({in_a_line(error)}{free_bytes(path)})"
-        raise UserError(f"{problem}: make room, or name another place") from None
+        free = free_bytes(path, error)
+        raise UserError(
+            f"{path} cannot be written ({error.strerror or error}{free}): "
+            f"{'make room, or ' * bool(free)}name another place"
+        ) from None
     return path
 
 

@@ -90,11 +90,13 @@ def main(argv: list[str]) -> None:
             values[flag] = value
     if names[:1] == ["text"]:  # as a shell expands a pattern
         names, inputs = ["text"], [*inputs, *names[1:]]
-    if len(names) != 1:
-        raise UserError(f"name one data set, not {len(names)}: {', '.join(SETS)} (see --help)")
-    (name,) = names
-    if name not in SETS:
+    name = names[0] if names else ""
+    if name and name not in SETS:
         raise UserError(f"unknown data set {name!r}, {_near(name, SETS)}")
+    if len(names) != 1:
+        files = "; files go to text, or behind --input=" * bool(name)
+        known = ", ".join(SETS)
+        raise UserError(f"name one data set, not {len(names)}: {known}{files} (see --help)")
     data_dir, dataset = values.pop("data_dir", "data"), values.pop("name", name)
     if Path(dataset).name != dataset or dataset == ".." or set(dataset) & set(":,"):
         raise UserError(

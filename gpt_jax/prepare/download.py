@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from gpt_jax.errors import UserError
-from gpt_jax.prepare.files import sync
+from gpt_jax.prepare.files import disk, sync
 
 TRIES = 3
 TIMEOUT_SECONDS = 30
@@ -61,6 +61,8 @@ def _get(url: str, part: Path) -> None:
             raise
         return  # nothing is missing, or the part is longer than the file: the hash will tell
     with response:
+        with disk(part.parent):  # not before there is something to put there
+            part.parent.mkdir(parents=True, exist_ok=True)
         resume = response.headers.get("Content-Range", "").startswith(f"bytes {have}-")
         with open(part, "ab" if have and resume else "wb") as file:
             start = file.tell()

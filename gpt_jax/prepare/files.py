@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from gpt_jax.errors import UserError
-from gpt_jax.integrity import replace_file
+from gpt_jax.integrity import FULL, replace_file
 from gpt_jax.prepare.dataset import size_and_dtype
 from gpt_jax.tokenizer import Tokenizer
 
@@ -68,24 +68,23 @@ def write(
     On first use this waits for another process that prepares the folder, and takes what it made.
     A Stream goes on from where an earlier run of the same identity was interrupted.
     """
-    with disk(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        with _alone(folder, first_use, log) as locked:
-            if first_use and (folder / "val.bin").exists():
-                return
-            identity = corpus.identity if isinstance(corpus, Stream) and locked else None
-            unfinished = _sweep(folder, locked, identity)
-            with _workplace(folder, unfinished, log) as temporary:
-                meta = _write(temporary, corpus, identity)
-                # A folder is a data set once it has val.bin, so the older one goes first and the
-                # new one comes last; train.bin is away while meta.json changes. Wherever this
-                # stops, no tokens meet another vocabulary.
-                for name in ("val.bin", "train.bin"):
-                    (folder / name).unlink(missing_ok=True)
-                _sync_names(folder)
-                for name in ("meta.json", "train.bin", "val.bin"):
-                    os.replace(temporary / name, folder / name)
-                _sync_names(folder)
+    # on first use others may wait in the folder
+    with disk(folder), _made(folder, keep=first_use), _alone(folder, first_use, log) as locked:
+        if first_use and (folder / "val.bin").exists():
+            return
+        identity = corpus.identity if isinstance(corpus, Stream) and locked else None
+        unfinished = _sweep(folder, locked, identity)
+        with _workplace(folder, unfinished, log) as temporary:
+            meta = _write(temporary, corpus, identity)
+            # A folder is a data set once it has val.bin, so the older one goes first and the
+            # new one comes last; train.bin is away while meta.json changes. Wherever this
+            # stops, no tokens meet another vocabulary.
+            for name in ("val.bin", "train.bin"):
+                (folder / name).unlink(missing_ok=True)
+            _sync_names(folder)
+            for name in ("meta.json", "train.bin", "val.bin"):
+                os.replace(temporary / name, folder / name)
+            _sync_names(folder)
     size, tokens = np.dtype(meta["dtype"]).itemsize, meta["tokens"]
     log(f"{folder}: from {corpus.source}")
     for split, count in tokens.items():
@@ -94,6 +93,20 @@ def write(
         for line in corpus.summary(sum(tokens.values())):
             log(f"  {line}")
     log(f"  vocabulary {meta['vocab_size']:,}, {meta['tokenizer']['kind']} tokenizer")
+
+
+@contextmanager
+def _made(folder: Path, keep: bool) -> Iterator[None]:
+    """Make a folder; unless it is to ``keep``, remove it again if an exception leaves it empty."""
+    new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        if new and not keep:
+            with suppress(OSError):
+                folder.rmdir()
+        raise
 
 
 @contextmanager
@@ -240,8 +253,9 @@ def disk(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        room = "make room there, or " * (error.errno in FULL)
         raise UserError(
-            f"cannot write in {folder}: {error.strerror or error}; make room there, or "
+            f"cannot write in {folder}: {error.strerror or error}; {room}"
             "choose another place with --data_dir="
         ) from error
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from gpt_jax.errors import UserError
 from gpt_jax.prepare.download import download
-from gpt_jax.prepare.files import Corpus, cut, disk, read_text
+from gpt_jax.prepare.files import Corpus, cut, read_text
 from gpt_jax.tokenizer import char_tokenizer, tiktoken_tokenizer
 
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -17,8 +17,6 @@ def corpus(name: str, folder: Path, input: Path | None, log: Callable[[str], Non
     """Return `shakespeare_char` or `shakespeare`, from input, folder/input.txt or the network."""
     path = input or folder / "input.txt"
     if input is None and not path.exists():
-        with disk(folder):
-            folder.mkdir(parents=True, exist_ok=True)
         remedy = f"or get the text by other means: python -m gpt_jax.prepare {name} --input=FILE"
         download(URL, path, SHA256, remedy, log)
     text = read_text(path)

@@ -25,6 +25,7 @@ from gpt_jax.runtime.processes import before_leaving
 from gpt_jax.runtime.signals import Output
 
 PERIOD = 0.25  # seconds from one drawing to the next
+STOPPED = 2  # seconds later still, the process was stopped by Ctrl-Z and not merely slow
 WIDEST = 120  # columns: a longer line is hard to read
 ASCII = str.maketrans("━─", "#-")  # where a terminal may not know the lines of a bar
 waits: list["Wait"] = []  # what is waited for now, the innermost last
@@ -118,6 +119,7 @@ class Foot:
         self.console = Console(file=io.StringIO(), force_terminal=True, highlight=False)
         self.text, self.lengths = "", [0]  # what was drawn last, and how long its lines are
         self.lock, self.over = threading.RLock(), threading.Event()
+        self.awake = time.monotonic()  # when this process has last looked
 
     def __enter__(self) -> "Foot":
         self.undo = ExitStack()
@@ -173,7 +175,10 @@ class Foot:
 
     def drawn(self) -> int:
         """Return how many lines above the cursor are the foot."""
-        if not self.in_foreground():
+        # not by SIGCONT: Python's handler of it waits for a main thread that may be lost in XLA
+        stopped = time.monotonic() - self.awake > PERIOD + STOPPED
+        self.awake = time.monotonic()
+        if stopped or not self.in_foreground():
             self.text = ""  # by now they are the shell's
         if not self.text:
             return 0
@@ -211,6 +216,7 @@ class Foot:
         with suppress(OSError):
             self.raw.write(text)
             self.raw.flush()
+        self.awake = time.monotonic()  # Ctrl-S may have held it up
 
 
 def up(rows: int) -> str:

@@ -141,11 +141,16 @@ def give_up(config: TrainConfig | LoadConfig) -> None:
 
 def leave(code: int, line: str) -> None:
     """End the process at once, from any thread, whatever its main thread waits for."""
+    last_word(line)
+    os._exit(code)
+
+
+def last_word(line: str) -> None:
+    """Give the terminal back, and say a line below all that was printed."""
     for give_back in before_leaving:
         give_back()
     sys.stdout.flush()
     print(line, file=sys.stderr, flush=True)
-    os._exit(code)
 
 
 def on_abort(line: str) -> None:

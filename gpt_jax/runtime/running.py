@@ -73,12 +73,17 @@ def made(out_dir: str) -> Iterator[None]:
 
 def make_writable(out: Path) -> None:
     """Make a folder; UserError now, not at the first checkpoint, if it cannot be written."""
+    there = next(path for path in (out, *out.parents) if path.exists())
+    if not there.is_dir():
+        raise UserError(f"out_dir={out} cannot be made: {there} is a file: name a folder")
     try:
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out):
             pass
     except OSError as error:
-        raise UserError(f"out_dir={out} cannot be written: {error}{free_bytes(out)}") from None
+        raise UserError(
+            f"out_dir={out} cannot be written: {error}{free_bytes(out, error)}"
+        ) from None
 
 
 @contextmanager

@@ -15,13 +15,14 @@ from typing import Any
 
 from jax.experimental import multihost_utils
 
-from gpt_jax.runtime.processes import global_state, leave
+from gpt_jax.runtime.processes import before_leaving, global_state, last_word, leave
 
 # Ctrl-C; kill, a container's or a cluster's end; a terminal or ssh that is gone; SLURM's notice
 # (#SBATCH --signal=USR1@120)
 STOPS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
 ECHO = 0.1  # seconds in which the same signal is no second one: timeout(1) sends each twice
-GRACE = 1  # seconds from the loss of a reader of our output to the signal that was its reason
+GRACE = 1  # seconds from the loss of a reader of our output to the signal that was its reason; and
+# for a last word
 
 
 class Stop:
@@ -108,11 +109,17 @@ class Stop:
     def ask(self, number: int) -> None:
         """Note the first signal, or leave with 0; leave with 130 on the second."""
         name = signal.Signals(number).name
+        below = "" if before_leaving else "\n"  # the terminal's ^C, if nothing else takes it away
         if self.asked:
             echo = number == self.first and time.monotonic() - self.noted_at < ECHO
             # a dropped ssh sends SIGHUP twice, from the shell and, when that has ended, the kernel
             if name != "SIGHUP" and not echo:
-                os._exit(130)  # the last whole checkpoint stays; nothing else may hold us up
+                line = "stopped at once: what was done since the last checkpoint is not saved"
+                args = (f"{below}{name}: {line}",)
+                word = threading.Thread(target=last_word, args=args, daemon=True)
+                word.start()
+                word.join(GRACE)  # a terminal that takes no more may not hold us up
+                os._exit(130)  # the last whole checkpoint stays
             return
         waits = self.saves or self.several  # processes that lose one would wait for it
         self.first = number
@@ -121,7 +128,7 @@ class Stop:
             leave(0, f"{name}: stopped before the first new iteration: nothing to save")
         if self.several:
             signal.raise_signal(signal.SIGTERM)
-        print(f"\n{name}: saving after this iteration (again: stop now)", file=sys.stderr)
+        print(f"{below}{name}: saving after this iteration (again: stop now)", file=sys.stderr)
         self.noted_at = time.monotonic()
 
 
