@@ -33,7 +33,7 @@ def exit_code(main: Callable[[list[str]], None]) -> Callable[[], int]:
             print(f"error: {error}", file=sys.stderr)
             return 2 if isinstance(error, UserError) else 1
         except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
+            print("\ninterrupted", file=sys.stderr)
             return 130
         except BrokenPipeError:  # `python sample.py | head`: the reader has had enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -380,6 +380,18 @@ def test_a_sample_that_cannot_be_is_refused_in_one_line(flags, told, monkeypatch
     assert error.count("\n") == 1
 
 
+def test_an_interrupt_is_told_of_below_what_was_printed(monkeypatch, capsys):
+    """And below the terminal's own ^C."""
+
+    def interrupted(*_):
+        print("half a li", end="", flush=True)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sample, "write", interrupted)
+    assert run(sample, monkeypatch) == 130
+    assert capsys.readouterr().err == "\ninterrupted\n"
+
+
 def test_a_platform_that_is_not_there_is_refused_in_one_line():
     found = subprocess.run(
         command(str(ROOT / "train.py"), *TINY, "--device=tpu"), env=environment(), text=True,
