@@ -112,9 +112,9 @@ def instruction(name: str, otherwise: Any, *inputs: Array) -> Array:
     )[0]  # fmt: skip
 
 
-def fma(x: Array, y: Array, z: Array | float) -> Array:
-    """Return x y + z, rounded once."""
-    z = jnp.full_like(x, z) if isinstance(z, float) else z
+def fma(x: Array, y: Any, z: Any) -> Array:
+    """Return x y + z, rounded once; y and z may be scalars."""
+    y, z = (jnp.broadcast_to(jnp.float32(factor), x.shape) for factor in (y, z))
     return instruction("fma.rn.ftz.f32", lambda x, y, z: x * y + z, x, y, z)
 
 

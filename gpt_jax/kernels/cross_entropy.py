@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
 
-from gpt_jax.kernels import launch, power_of_2, triton
+from gpt_jax.kernels import exp2, fma, launch, power_of_2, triton
 
 BLOCK = 8192  # logits that a program reads at once
 PER_WARP = 512  # of them
@@ -99,13 +99,13 @@ def over_rows(logits: Array, targets: Array, gradient: bool) -> Any:
                 other=-jnp.inf,
                 eviction_policy=policy,
             )
-            return column, x.astype(jnp.float32) * LOG2E
+            return column, x.astype(jnp.float32)
 
         def add(i, carry):
             most, total = carry
             _, x = load(i, "evict_last")
-            more = jnp.maximum(most, x.max())
-            return more, total * jnp.exp2(most - more) + jnp.exp2(x - more).sum()
+            more = jnp.maximum(most, x.max() * LOG2E)
+            return more, total * jnp.exp2(most - more) + exp2(fma(x, LOG2E, -more)).sum()
 
         most, total = jax.lax.fori_loop(0, blocks, add, (jnp.float32(-1e30), jnp.float32(0)))
         log_sum = most + jnp.log2(total)
@@ -116,7 +116,7 @@ def over_rows(logits: Array, targets: Array, gradient: bool) -> Any:
 
             def replace(i, _):
                 column, x = load(i, "evict_first")
-                p = jnp.exp2(x - log_sum) - jnp.where(column == target, 1.0, 0.0)
+                p = exp2(fma(x, LOG2E, -log_sum)) - jnp.where(column == target, 1.0, 0.0)
                 p = jnp.where(counted, p, 0)
                 triton.store(out_ref.at[row, column], p.astype(out_ref.dtype), mask=column < V)
 
