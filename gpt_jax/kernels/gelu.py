@@ -30,7 +30,8 @@ def gelu(x: Array, approximate: bool = False, kernels: str = "reference") -> Arr
         return jax.nn.gelu(x, approximate=True)
     if x.dtype == jnp.float32:
         return plain(x)
-    return in_kernels(x) if use(kernels, x.dtype) else fused(x)
+    # places in a kernel are of 32 bits
+    return in_kernels(x) if use(kernels, x.dtype) and x.size < 2**31 else fused(x)
 
 
 def plain(x: Array) -> Array:
