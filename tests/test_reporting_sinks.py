@@ -76,9 +76,8 @@ def run(tmp_path_factory):
         for line in first.stdout or []:
             said.append(line)
             if line.startswith("iter 9:"):
-                os.killpg(
-                    first.pid, signal.SIGINT
-                )  # as a terminal does: it also hits W&B's service
+                # as a terminal does: it also hits W&B's service
+                os.killpg(first.pid, signal.SIGINT)
     assert first.returncode == 0, "".join(said)
     assert said[-1] == "  python train.py --init_from=resume\n", "".join(said)
     out = folder / "out"
