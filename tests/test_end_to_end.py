@@ -133,7 +133,7 @@ def test_an_interrupted_run_saves_says_so_and_resumes_to_the_same_end():
     out, err = process.communicate()
     assert process.returncode == 0
     assert "SIGINT: saving" in err
-    assert "--init_from=resume goes on" in out
+    assert "saved; next:\n  python train.py --init_from=resume --out_dir=cut\n" in out
     assert 1 <= len(os.listdir("cut/checkpoints")) <= 2
     subprocess.run(
         command(train_py, "--out_dir=cut", "--init_from=resume"), env=environment(), check=True,

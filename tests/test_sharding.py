@@ -149,7 +149,9 @@ def test_fsdp_reaches_across_slices_only_when_asked_to_and_tensor_never():
 
 
 def test_all_hosts_must_be_in_the_mesh():
-    with pytest.raises(UserError, match="their product must be 8"):
+    with pytest.raises(
+        UserError, match="does not fit the number of devices, 8: give sizes of that product"
+    ):
         make_mesh("auto", 1, 4, 1, devices=machines(2, 4))
 
 

@@ -115,7 +115,7 @@ def elementwise(function, name: str, *arrays: Array) -> Array:
 
 
 def elementwise_kernel(*refs, function, whole):
-    """Compute BLOCK elements."""
+    """Compute the BLOCK elements of one program."""
     *given, out = refs
     places = pl.program_id(0) * BLOCK + jnp.arange(BLOCK)
     there = None if whole else places < out.shape[0]  # a mask would have each element read alone
