@@ -14,6 +14,7 @@ import threading
 import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import pyte
 import pytest
@@ -118,6 +119,37 @@ def test_what_is_printed_goes_above_the_foot_whole(monkeypatch):
     assert "one" not in tty.screen().lines()
     assert sys.stdout is tty
     assert sys.stderr is tty
+
+
+@pytest.mark.parametrize("unbuffered", [False, True])  # by PYTHONUNBUFFERED
+def test_a_ctrl_c_that_the_terminal_shows_spoils_no_line(unbuffered, monkeypatch):
+    """It writes ^C wherever the cursor is, between two writes or two lines."""
+    pieces = []
+
+    class Device(io.RawIOBase):
+        def writable(self) -> bool:
+            return True
+
+        def isatty(self) -> bool:
+            return True
+
+        def write(self, data) -> int:
+            pieces.extend(re.findall(".+\n?|\n", bytes(data).decode()))
+            return len(data)
+
+    how = {"write_through": True} if unbuffered else {"line_buffering": True}
+    device: Any = Device() if unbuffered else io.BufferedWriter(Device())
+    stream = io.TextIOWrapper(device, "utf-8", **how)
+    monkeypatch.setattr(sys, "stdout", stream)
+    whole = [f"iter {n}: loss 3.1415" for n in range(3)]
+    with Foot(lambda width: [Text("x" * width), Text("y" * width)]):
+        for line in whole:
+            print(line)
+    assert stream.write_through == unbuffered
+    for n in range(1, len(pieces)):
+        screen = Screen()
+        screen.feed("".join(["^C" * (n == m) + piece for m, piece in enumerate(pieces)]))
+        assert screen.lines() == whole, n
 
 
 def test_a_foot_that_changes_its_height_leaves_nothing_behind(monkeypatch):
@@ -593,12 +625,19 @@ with signals.Stop() as stop, Foot(lambda width: [Text("one"), Text("two")]):
 """
 
 
-def test_a_second_ctrl_c_leaves_a_terminal_that_a_shell_can_go_on_with():
+@contextmanager
+def stopping():
+    """A process in a pseudo-terminal that has heard Ctrl-C, and waits."""
     with pseudo_terminal(80) as (file, ours, shown):
         process = in_terminal(file, "-c", WAITS)
         wait_for(b"ready", shown, process)
         os.write(ours, b"\x03")
         wait_for(b"stop now", shown, process)
+        yield process, file, ours, shown
+
+
+def test_a_second_ctrl_c_leaves_a_terminal_that_a_shell_can_go_on_with():
+    with stopping() as (process, _, ours, shown):
         os.write(ours, b"\x03")
         assert process.wait() == 130
     *_, screen = frames(bytes(shown), 80)
@@ -611,11 +650,7 @@ def test_a_second_ctrl_c_leaves_a_terminal_that_a_shell_can_go_on_with():
 
 def test_a_second_ctrl_c_is_not_held_up_by_a_terminal_that_is():
     """Ctrl-S."""
-    with pseudo_terminal(80) as (file, ours, shown):
-        process = in_terminal(file, "-c", WAITS)
-        wait_for(b"ready", shown, process)
-        os.write(ours, b"\x03")
-        wait_for(b"stop now", shown, process)
+    with stopping() as (process, file, *_):
         termios.tcflow(file.fileno(), termios.TCOOFF)
         process.send_signal(signal.SIGINT)
         assert process.wait() == 130

@@ -27,6 +27,9 @@ from gpt_jax.runtime.signals import Output
 PERIOD = 0.25  # seconds from one drawing to the next
 STOPPED = 2  # seconds later still, the process was stopped by Ctrl-Z and not merely slow
 WIDEST = 120  # columns: a longer line is hard to read
+# what a line begins with: a terminal writes the ^C of Ctrl-C, as all that is typed, wherever the
+# cursor is, and only between two lines or two writes. Not \r, at which a stream would be flushed
+START = "\033[G"
 ASCII = str.maketrans("━─", "#-")  # where a terminal may not know the lines of a bar
 waits: list["Wait"] = []  # what is waited for now, the innermost last
 compiled: set[str] = set()  # steps that need not be compiled again
@@ -123,6 +126,10 @@ class Foot:
 
     def __enter__(self) -> "Foot":
         self.undo = ExitStack()
+        if isinstance(self.raw, io.TextIOWrapper):  # under PYTHONUNBUFFERED each write is one
+            through = self.raw.write_through
+            self.undo.callback(self.raw.reconfigure, write_through=through)
+            self.raw.reconfigure(write_through=False)
         streams: list[Any] = [(redirect_stdout, sys.stdout)]
         if sys.stderr and sys.stderr.isatty():
             streams.append((redirect_stderr, sys.stderr))
@@ -165,12 +172,13 @@ class Foot:
                 self.console.print(line, no_wrap=True, overflow="crop", width=width - 1)
         with self.lock:
             rows = self.drawn()
-            if self.over.is_set() or captured.get() == self.text or not self.in_foreground():
+            text = "".join(f"{START}{line}\n" for line in captured.get().splitlines())
+            if self.over.is_set() or text == self.text or not self.in_foreground():
                 return
-            self.text = captured.get()
+            self.text = text
             self.lengths = [min(line.cell_len, width - 1) for line in lines]
             # line over line, and only then what is left below: it does not flicker
-            text = self.text.replace("\n", "\033[K\n")
+            text = text.replace("\n", "\033[K\n")
             self.put(f"{up(rows)}{text}\033[J")
 
     def drawn(self) -> int:
@@ -202,26 +210,28 @@ class Foot:
     def above(self, stream: Any, text: str) -> None:
         """Print whole lines above the foot."""
         with self.lock:
-            self.put(erased(self.drawn()))
+            # in one write with the text, if they go the same way
+            self.put(erased(self.drawn()), flush=stream is not self.stream)
             try:
                 stream.write(text)
                 stream.flush()
             finally:
                 self.put(self.text)
 
-    def put(self, text: str) -> None:
+    def put(self, text: str, flush: bool = True) -> None:
         """Write to the terminal; if it is gone, the log will tell."""
         if not str(self.raw.encoding).lower().startswith("utf"):
             text = text.translate(ASCII)
         with suppress(OSError):
             self.raw.write(text)
-            self.raw.flush()
+            if flush:
+                self.raw.flush()
         self.awake = time.monotonic()  # Ctrl-S may have held it up
 
 
 def up(rows: int) -> str:
     """Return what moves the cursor to the start of a line above."""
-    return f"\r\033[{rows}A" if rows else "\r"
+    return f"\033[{rows}A{START}" if rows else START
 
 
 def erased(rows: int) -> str:
