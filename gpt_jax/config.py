@@ -151,7 +151,7 @@ class TrainConfig(Hardware):
     kernels: str = key("auto", "our own for GPUs, or plain code", choices="auto|reference|pallas")
     remat: str = key("none", "recomputed in the backward pass", choices="none|dots|full")
     scan_layers: bool = key(False, "True: one rolled loop compiles faster; False: trains faster")
-    deterministic: bool = key(False, "the same bits in every run on a GPU; slower, attention too")
+    deterministic: bool = key(False, "the same bits in every run on a GPU; auto attention is plain")
     peak_flops: float = key(0.0, "FLOP/s of one device, for mfu; 0: from a table", at_least=0)
 
     def __post_init__(self) -> None:
@@ -159,19 +159,19 @@ class TrainConfig(Hardware):
         check_network(self)
         if self.deterministic and self.attention == "cudnn":
             raise UserError("attention='cudnn' is not deterministic: use --attention=auto")
-        if self.deterministic and self.attention == "auto":  # which may be cuDNN's
-            object.__setattr__(self, "attention", "reference")
 
     def model_config(self, vocab_size: int, dtype: str, n_tokens: int = 0) -> GPTConfig:
         """Return the network to train, for a vocabulary and a dtype of the matrix products."""
         shared = {f.name for f in fields(self)} & {f.name for f in fields(GPTConfig)} - {"dtype"}
-        values = {name: getattr(self, name) for name in shared}
-        return GPTConfig(**values, vocab_size=vocab_size, dtype=dtype, n_tokens=n_tokens)
+        values = {name: getattr(self, name) for name in shared} | {"n_tokens": n_tokens}
+        return self.continued(GPTConfig(**values, vocab_size=vocab_size, dtype=dtype))
 
     def continued(self, model: GPTConfig) -> GPTConfig:
         """Return a trained network's config, as this run goes on training it."""
         ours = "block_size dropout matmul_dtype attention kernels remat scan_layers".split()  # noqa: SIM905
-        return replace(model, **{name: getattr(self, name) for name in ours})
+        model = replace(model, **{name: getattr(self, name) for name in ours})
+        plain = self.deterministic and self.attention == "auto"  # which may be cuDNN's
+        return replace(model, attention="reference") if plain else model
 
 
 @dataclass(frozen=True)

@@ -71,8 +71,9 @@ def load_run(
 def model_config(meta: dict[str, Any], dtype: str, tokenizer: Tokenizer) -> GPTConfig:
     """Return the config of a checkpoint's model, to compute in ``dtype``."""
     try:
-        ours = {"dtype": product_dtype(dtype), "matmul_dtype": "auto", "kernels": "auto"}
-        return GPTConfig(**{**meta["model"], **ours, "n_tokens": tokenizer.n_tokens})
+        ours = {"dtype": product_dtype(dtype), "n_tokens": tokenizer.n_tokens}
+        here = dict.fromkeys(("matmul_dtype", "attention", "kernels"), "auto")
+        return GPTConfig(**{**meta["model"], **ours, **here})
     except TypeError as error:
         raise UserError(f"the checkpoint's model is of another version: {error}") from None
 

@@ -905,9 +905,11 @@ def test_no_config_is_evaluated_as_python():
 
 def test_a_deterministic_run_has_no_attention_of_cudnns():
     """Its backward pass has XLA of JAX 0.11.2 fail when it is to be deterministic (IndexError)."""
-    config = TrainConfig(deterministic=True)
-    assert config.attention == "reference"
+    config, network = TrainConfig(deterministic=True), GPTConfig()
     assert config.model_config(50304, "bfloat16").attention == "reference"
-    assert TrainConfig(deterministic=True, attention="xla").attention == "xla"
+    assert config.continued(network).attention == "reference"
+    assert config.attention == "auto"  # a run that goes on without the flag has what it had
+    xla = TrainConfig(deterministic=True, attention="xla")
+    assert xla.continued(network).attention == "xla"
     with pytest.raises(UserError, match="not deterministic: use --attention=auto"):
         TrainConfig(deterministic=True, attention="cudnn", dtype="bfloat16")

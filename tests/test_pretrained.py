@@ -94,8 +94,9 @@ def test_a_run_is_computed_in_the_dtype_asked_for_whatever_it_was_trained_in(run
         model, params, _ = load(run, dtype=dtype)
         assert model.config.dtype == expected
         assert params["wte"]["weight"].dtype == jnp.float32
-    damage(run, model={**vars(MODEL.config), "dtype": "bfloat16"})
+    damage(run, model={**vars(MODEL.config), "dtype": "bfloat16", "attention": "cudnn"})
     assert load(run)[0].config.dtype == "float32"
+    assert load(run)[0].config.attention == "auto"  # there may be no cuDNN here
 
 
 def test_parameters_are_laid_out_as_asked(run):
