@@ -163,8 +163,8 @@ class TrainConfig(Hardware):
     def model_config(self, vocab_size: int, dtype: str, n_tokens: int = 0) -> GPTConfig:
         """Return the network to train, for a vocabulary and a dtype of the matrix products."""
         shared = {f.name for f in fields(self)} & {f.name for f in fields(GPTConfig)} - {"dtype"}
-        values = {name: getattr(self, name) for name in shared} | {"n_tokens": n_tokens}
-        return self.continued(GPTConfig(**values, vocab_size=vocab_size, dtype=dtype))
+        its: dict[str, Any] = {n: getattr(self, n) for n in shared} | {"n_tokens": n_tokens}
+        return self.continued(GPTConfig(**its, vocab_size=vocab_size, dtype=dtype))
 
     def continued(self, model: GPTConfig) -> GPTConfig:
         """Return a trained network's config, as this run goes on training it."""

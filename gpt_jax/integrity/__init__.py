@@ -102,6 +102,20 @@ def written(path: str | Path) -> Iterator[None]:
         raise RunError(f"{why}: {advice}") from error
 
 
+@contextmanager
+def made(folder: Path, keep: bool = False) -> Iterator[None]:
+    """Make a folder; unless it is to be kept, remove it if an exception leaves it empty."""
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):  # what is not empty stays
+            for path in new if not keep else ():
+                path.rmdir()
+        raise
+
+
 def refuse_to_overwrite(path: Path) -> None:
     """Raise UserError where there is anything at a path, be it a broken link."""
     if os.path.lexists(path):

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from gpt_jax.errors import UserError
-from gpt_jax.integrity import FULL, replace_file
+from gpt_jax.integrity import FULL, made, replace_file
 from gpt_jax.prepare.dataset import size_and_dtype
 from gpt_jax.tokenizer import Tokenizer
 
@@ -69,7 +69,7 @@ def write(
     A Stream goes on from where an earlier run of the same identity was interrupted.
     """
     # on first use others may wait in the folder
-    with disk(folder), _made(folder, keep=first_use), _alone(folder, first_use, log) as locked:
+    with disk(folder), made(folder, keep=first_use), _alone(folder, first_use, log) as locked:
         if first_use and (folder / "val.bin").exists():
             return
         identity = corpus.identity if isinstance(corpus, Stream) and locked else None
@@ -93,20 +93,6 @@ def write(
         for line in corpus.summary(sum(tokens.values())):
             log(f"  {line}")
     log(f"  vocabulary {meta['vocab_size']:,}, {meta['tokenizer']['kind']} tokenizer")
-
-
-@contextmanager
-def _made(folder: Path, keep: bool) -> Iterator[None]:
-    """Make a folder; unless it is to ``keep``, remove it again if an exception leaves it empty."""
-    new = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        yield
-    except BaseException:
-        if new and not keep:
-            with suppress(OSError):
-                folder.rmdir()
-        raise
 
 
 @contextmanager

@@ -18,7 +18,7 @@ except ImportError:  # Windows: nothing is locked there
 
 from gpt_jax.config import TrainConfig
 from gpt_jax.errors import UserError
-from gpt_jax.integrity import free_bytes
+from gpt_jax.integrity import free_bytes, made
 from gpt_jax.runtime.processes import all_see, gather, is_first
 from gpt_jax.runtime.signals import Stop
 
@@ -45,7 +45,7 @@ def running(config: TrainConfig) -> Iterator[Stop]:
         refusal = None
         if is_first():
             try:
-                held.enter_context(made(config.out_dir))
+                make_writable(Path(config.out_dir), held)
                 held.enter_context(locked(config.out_dir))
             except UserError as error:
                 refusal = str(error)
@@ -56,28 +56,13 @@ def running(config: TrainConfig) -> Iterator[Stop]:
         yield stop
 
 
-@contextmanager
-def made(out_dir: str) -> Iterator[None]:
-    """Make a run's folder, and remove it again if an exception leaves it empty."""
-    out = Path(out_dir)
-    new = [folder for folder in (out, *out.parents) if not folder.exists()]
-    try:
-        make_writable(out)
-        yield
-    except BaseException:
-        with suppress(OSError):  # what is not empty stays
-            for folder in new:
-                folder.rmdir()
-        raise
-
-
-def make_writable(out: Path) -> None:
+def make_writable(out: Path, held: ExitStack) -> None:
     """Make a folder; UserError now, not at the first checkpoint, if it cannot be written."""
     there = next(path for path in (out, *out.parents) if path.exists())
     if not there.is_dir():
         raise UserError(f"out_dir={out} cannot be made: {there} is a file: name a folder")
     try:
-        out.mkdir(parents=True, exist_ok=True)
+        held.enter_context(made(out))
         with tempfile.TemporaryFile(dir=out):
             pass
     except OSError as error:
