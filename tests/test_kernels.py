@@ -177,15 +177,15 @@ def test_gelu_and_its_slope_are_the_exact_ones():
 
 @pytest.mark.parametrize("n", [4096, 1001])  # whole programs, and not
 def test_gelu_in_kernels_is_exact_to_a_fifth_of_what_float16_rounds_away(n):
-    """C34's kind: both passes to 1e-4 of themselves where it matters, on either side of 0."""
+    """C34's kind: the value to 1e-4 of itself on either side of 0, its slope to 2e-5."""
     x = np.linspace(-5, 5, n).astype(np.float32)
     exact = lambda x: 0.5 * x * (1 + jax.lax.erf(x * 0.5**0.5))  # noqa: E731
     with jax.enable_x64():
         wide = jnp.float64(x)
         value, slope = exact(wide), jax.vmap(jax.grad(exact))(wide)
-    np.testing.assert_allclose(in_kernels(x), value, rtol=1.1e-4, atol=1e-7)
+    np.testing.assert_allclose(in_kernels(x), value, rtol=1.05e-4, atol=0)
     ones = jnp.ones(n, jnp.float32)
-    np.testing.assert_allclose(jax.vjp(in_kernels, x)[1](ones)[0], slope, rtol=2e-4, atol=5e-5)
+    np.testing.assert_allclose(jax.vjp(in_kernels, x)[1](ones)[0], slope, rtol=1e-5, atol=2.3e-5)
 
 
 def test_gelu_in_kernels_is_the_exact_value_rounded_to_16_bits_or_its_neighbour():
@@ -196,8 +196,8 @@ def test_gelu_in_kernels_is_the_exact_value_rounded_to_16_bits_or_its_neighbour(
     bits = [np.int32(np.asarray(y).view(np.int16)) for y in (in_kernels(x), exact)]
     apart = np.abs(bits[0] - bits[1])[np.abs(np.float32(x)) < 5]
     assert apart.max() <= 1
-    assert (apart > 0).mean() < 0.02
-    np.testing.assert_allclose(np.float32(in_kernels(x)), np.float32(exact), rtol=1e-2, atol=1e-6)
+    assert (apart > 0).mean() < 0.004
+    np.testing.assert_allclose(np.float32(in_kernels(x)), np.float32(exact), rtol=2**-7, atol=4e-7)
 
 
 @pytest.mark.parametrize("value", [np.inf, np.nan, 3e38, -3e38])
