@@ -42,7 +42,7 @@ class BenchConfig(TrainConfig):
 
 @dataclass(frozen=True)
 class LoaderBench(BenchConfig):
-    """Measure the step time with the real loader against that on one batch that stays put."""
+    """Measure the step with the real loader, of made-up tokens, against one batch that stays."""
 
     command = "python -m gpt_jax.bench loader"
     steps: int = key(20, "steps of a measurement", at_least=1)

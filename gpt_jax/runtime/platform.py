@@ -11,8 +11,8 @@ import jax
 from gpt_jax.errors import UserError
 from gpt_jax.runtime.compile_cache import default_folder, keep_whole
 
-# under the first flag JAX 0.11's XLA finds no configuration for the products that the second one
-# keeps from Triton
+# under the first flag alone XLA of JAX 0.11, compiling a step ahead of time for an H200, finds no
+# configuration for some products; the second one keeps them from Triton
 DETERMINISTIC = "--xla_gpu_deterministic_ops=true --xla_gpu_enable_triton_gemm=false"
 
 
