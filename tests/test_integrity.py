@@ -238,6 +238,18 @@ def test_a_sealed_json_can_be_amended(run):
     assert checkpoint.read_meta(str(run[0]), 600)["val_loss"] == 0.25
 
 
+def test_why_a_write_failed_is_said_whatever_tensorstore_says_behind_it(tmp_path):
+    path = f"{tmp_path}/ocdbt.process_0/d/4242c06d120a57df2b268e0622867995"
+    why = f'OUT_OF_RANGE: Error writing "p1.weight/.zarray": Failed writing: "{path}": Failed to '
+    why += f"write {'1' * 200} bytes to file 4: No space left on device"
+    for behind in ("", " [os_error_code='28']", f" [os_error_code='28'] [spec='{'x' * 900}']"):
+        with (
+            pytest.raises(RunError, match="to file 4: No space left on device;"),
+            written(tmp_path),
+        ):
+            raise ValueError(why + behind)
+
+
 def test_what_cannot_be_written_is_said_in_a_line_with_the_place_and_its_free_bytes(tmp_path):
     """C16."""
     path = tmp_path / "not" / "there"

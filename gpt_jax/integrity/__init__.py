@@ -10,6 +10,7 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
 import sys
 import traceback
@@ -71,8 +72,13 @@ def from_orbax(error: BaseException | None) -> bool:
 
 
 def in_a_line(error: Exception) -> str:
-    """Return an exception's text, without its middle if it is long: what is wrong comes last."""
+    """Return an exception's text, without its middle if it is long: what is wrong comes last.
+
+    Behind that TensorStore may put a kilobyte of its specification, and so, or not, from one time
+    to the next.
+    """
     text = " ".join(f"{type(error).__name__}: {error}".split())
+    text = re.sub(r" \[\w+='.*", "", text)
     return text if len(text) <= 300 else f"{text[:100]} ... {text[-180:]}"
 
 
