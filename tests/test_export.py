@@ -373,7 +373,7 @@ def test_a_value_beyond_float16_is_refused_and_leaves_nothing(work, run, monkeyp
         (["--out_dir=plain", f"{__file__}/a"], f"{__file__} is a file): name another place"),
         (["--out_dir=plain", "--to=gguf", "a"], "to='gguf' is not one of hf|safetensors|nanogpt"),
         (["--out_dir=plain", "--to=safetensors", "a"], "let a end in .safetensors"),
-        (["--out_dir=plain", "--optimizer=True", "a"], "optimizer=True is for a run's --to=safet"),
+        (["--out_dir=plain", "--optimizer=True", "a"], "optimizer=True is for --to=safetensors "),
         (["--to=safetensors", "--optimizer=True", "--dtype=float16", "a"], "dtype=float16"),
         (["--to=nanogpt", "--dtype=bfloat16", "a.pt"], "dtype=bfloat16"),
         (["--out_dir=plain", "--fromat=hf", "a"], "unknown key 'fromat'"),

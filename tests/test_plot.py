@@ -107,6 +107,26 @@ def test_a_line_marks_where_a_run_was_resumed_but_not_where_it_ended(tmp_path):
     assert [t.get_text() for t in upper.get_legend().get_texts()].count("resumed") == 1
 
 
+def test_where_a_run_was_resumed_is_not_where_its_next_line_is(tmp_path):
+    """It was stopped after 12 iterations; those that are logged are tens."""
+    tokens = lambda n: {"tokens": 100 * n}  # noqa: E731
+    entries = [step(0, **tokens(1)), step(10, **tokens(11)), step(20, resumed=12, **tokens(21)),
+               step(30, **tokens(31))]  # fmt: skip
+    log = log_of(tmp_path, entries)
+    for x, at in (("step", 12), ("tokens", 1300)):
+        marks = [line for line in run_picture(log, x).axes[0].lines if line.get_linestyle() == ":"]
+        assert [line.get_xdata()[0] for line in marks] == [at]
+
+
+def test_a_run_far_shorter_than_another_is_seen_beside_it(tmp_path):
+    long = [evaluation(0, 9.0), *(evaluation(20 * i, 2.6 - 0.005 * i) for i in range(1, 101))]
+    short = [evaluation(0, 9.0), *(evaluation(20 * i, 4.2 - 0.1 * i) for i in range(1, 6))]
+    [axes] = comparison_picture([log_of(tmp_path / "a", long), log_of(tmp_path / "b", short)]).axes
+    low, high = axes.get_ylim()
+    assert low < 2.1
+    assert 4.1 < high < 9
+
+
 def test_updates_left_out_and_losses_that_are_not_finite_are_marked(tmp_path):
     entries = [step(0), step(1, float("nan"), skipped=1), step(2, skipped=1), step(3, skipped=3),
                step(4, float("inf"), skipped=3), evaluation(5, float("nan"))]  # fmt: skip

@@ -12,6 +12,7 @@ import gpt_jax.model
 from gpt_jax.config import GPTConfig
 from gpt_jax.errors import UserError
 from gpt_jax.model import GPT, new_cache
+from gpt_jax.plot import inside
 from gpt_jax.plot.inside import (
     attention_maps,
     attention_picture,
@@ -162,3 +163,14 @@ def test_the_picture_of_next_tokens_has_the_likeliest_on_top(model):
     assert axes.yaxis_inverted()
     assert axes.get_xlabel() == "probability of the next token"
     assert axes.get_title() == r"after a␣b↵ccf\$"
+
+
+def test_the_label_of_a_token_that_is_all_but_certain_is_inside_the_picture(model, monkeypatch):
+    certain = np.eye(len(next_tokens(*model, TOKENS)))[0]
+    monkeypatch.setattr(inside, "next_tokens", lambda *_: certain)
+    figure = next_token_picture(*model, TOKENIZER, TOKENS, most=4)
+    [axes] = figure.axes
+    label = axes.texts[0].get_window_extent(figure.canvas.get_renderer())
+    assert axes.texts[0].get_text() == " 100.0%"
+    assert label.x1 < axes.get_window_extent().x1
+    assert max(axes.get_xticks()) == pytest.approx(1)

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import time
 from contextlib import closing
 
@@ -10,8 +11,10 @@ import jax.numpy as jnp
 import pytest
 
 from gpt_jax import reporting
+from gpt_jax.commandline import save_config, saved_run
 from gpt_jax.config import GPTConfig, TrainConfig
 from gpt_jax.model import GPT
+from gpt_jax.reporting import summary
 from gpt_jax.sharding import make_mesh
 
 MODEL = GPT(GPTConfig(n_layer=1, n_head=2, n_embd=16, block_size=8, vocab_size=11))
@@ -69,6 +72,33 @@ def test_the_speed_of_a_line_is_that_of_all_iterations_since_the_last_without_ev
             report.step(iteration, jax.tree.map(jnp.float32, numbers), 1e-3)
     times = re.findall(r"^iter \d+: .* time (.*)ms,", capsys.readouterr().out, re.M)
     assert times == ["1000.00", "3500.00", "7500.00"]
+
+
+def test_updates_left_out_before_a_resume_do_not_end_the_run_that_goes_on(tmp_path):
+    with closing(report_of(tmp_path, 5)) as report:
+        for n, said in ((9, 1), (10, 2), (0, 0), (1, 1)):
+            numbers = {"loss": 2.5, "grad_norm": 1.0, "skipped": n, "skipped_in_a_row": n}
+            assert report.step(5, jax.tree.map(jnp.float32, numbers), 1e-3) == said
+
+
+def test_a_folder_removed_under_a_run_is_made_again(tmp_path, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    save_config(TrainConfig(out_dir=str(out), n_layer=3))
+    with closing(report_of(out, 0, n_layer=3)) as report:
+        report.evaluation(0, 2.5, 2.75, 1e-3)
+        shutil.rmtree(out)
+        report.evaluation(1, 2.5, 2.75, 1e-3)
+    assert saved_run(str(out))["n_layer"] == 3
+    assert [entry["iter"] for _, entry in reporting.entries(out / "metrics.jsonl")] == [1]
+    said = f"{out}/config.json was removed under this run: it is written again\n"
+    assert capsys.readouterr().out.count(said) == 1
+
+
+def test_commands_that_are_printed_name_any_folder_to_a_shell():
+    command = "python train.py --init_from=resume"
+    assert summary.resuming(TrainConfig()) == command
+    assert summary.resuming(TrainConfig(out_dir="my run")) == f"{command} --out_dir='my run'"
 
 
 def test_a_picture_that_cannot_be_drawn_is_a_line_and_the_run_goes_on(tmp_path, capsys):

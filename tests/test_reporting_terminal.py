@@ -21,6 +21,7 @@ import pytest
 from rich.text import Text
 
 import train
+from gpt_jax import evaluate
 from gpt_jax.config import TrainConfig
 from gpt_jax.prepare import prepare
 from gpt_jax.reporting import summary, terminal
@@ -557,6 +558,20 @@ def test_a_run_says_what_it_waits_for_keeps_its_log_whole_and_ends_in_a_summary(
     assert HIDES_CURSOR not in shown.decode()
     colours = set(re.findall("\033\\[([0-9;]+)m", shown.decode()))
     assert colours <= ({"0", "1", "2"} if columns == 120 else {"0", "1", "2", "32"})
+
+
+def test_evaluate_says_on_a_terminal_how_far_it_is_and_leaves_its_line(text, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py", *TINY, "--max_iters=1"])
+    assert train.main() == 0
+    with pseudo_terminal(80) as (file, _, shown):
+        monkeypatch.setattr(sys, "stdout", file)
+        monkeypatch.setattr(sys, "argv", ["evaluate", "--batch_size=16"])
+        assert evaluate.main() == 0
+    drawn = ["\n".join(screen.emulated.display) for screen in frames(bytes(shown), 80)]
+    assert any(re.search(r"^evaluating on val.* \.\.\. \d+s", lines, re.M) for lines in drawn)
+    *_, screen = frames(bytes(shown), 80)
+    [line] = screen.lines()
+    assert line.startswith("val loss ")
 
 
 def test_an_error_stands_below_the_log_with_nothing_else(text, monkeypatch):

@@ -28,21 +28,40 @@ READERS = {int: float, float: float, bool: lambda text: BOOLS[text.lower()], str
 
 
 def saved_run(out_dir: str) -> dict[str, Any]:
-    """Return the config that `out_dir` was trained with, nothing if no run was saved there."""
+    """Return the config that `out_dir` was trained with, nothing if no run was saved there.
+
+    Where its config.json is gone, that is what the newest checkpoint says.
+    """
     path = os.path.join(out_dir, "config.json")
     if not os.path.isfile(path):
-        return {}
+        saved = of_checkpoint(out_dir)
+        return saved and known_keys(saved, f"the newest checkpoint in {out_dir}: ", out_dir)
     try:
         if os.path.getsize(path) > LONGEST_CONFIG:
             raise ValueError(f"it has more than {LONGEST_CONFIG:,} bytes")
         saved = dict(json.loads(Path(path).read_text("utf-8")))
     except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise UserError(f"{path!r} is not a saved run ({error}): use another --out_dir") from None
+        remedy = "move it away, for checkpoints hold it too, or use another --out_dir"
+        raise UserError(f"{path!r} is not a saved run ({error}): {remedy}") from None
+    return known_keys(saved, f"{path}: ", out_dir)
+
+
+def of_checkpoint(out_dir: str) -> dict[str, Any]:
+    """Return the config that the newest checkpoint was saved with, {} where none tells."""
+    from gpt_jax.checkpoint import read_meta, steps  # a second, with Orbax
+
+    with suppress(UserError, IndexError, KeyError, TypeError, ValueError):
+        return dict(read_meta(out_dir, steps(out_dir)[-1])["config"])
+    return {}
+
+
+def known_keys(saved: dict[str, Any], where: str, out_dir: str) -> dict[str, Any]:
+    """Return of a saved config what this version knows, as it is to go on in ``out_dir``."""
     kinds = {f.name: f.type for f in fields(TrainConfig)}
     # What to do now is not for the saved run to say, nor where it is now: it may have been moved.
     for now in ("eval_only", "out_dir", "coordinator_address", "num_processes", "process_id"):
         del kinds[now]
-    saved = {k: typed(k, v, kinds[k], f"{path}: ") for k, v in saved.items() if k in kinds}
+    saved = {k: typed(k, v, kinds[k], where) for k, v in saved.items() if k in kinds}
     return saved | {"out_dir": out_dir}
 
 

@@ -2,7 +2,8 @@
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from gpt_jax.prepare.checked import open_checked
 from gpt_jax.prepare.dataset import for_dataset
 from gpt_jax.prepare.mixture import sets_of
 from gpt_jax.pretrained import load, load_run
+from gpt_jax.reporting.terminal import evaluating, is_live
 from gpt_jax.runtime import connected, use_platform
 from gpt_jax.sharding import make_mesh
 from gpt_jax.start import refuse_another_tokenizer
@@ -76,7 +78,10 @@ def measure(config: EvalConfig) -> None:
             folder = Path(config.data_dir, name)
             split = open_checked(folder, split_name, vocab_size, dtype, block_size)
             starts = evaluation_starts(split)
-            result = evaluate(eval_step, params, split, starts, config.batch_size, mesh, tokenizer)
+            with telling(split_name, len(starts) / config.batch_size) as told:
+                result = evaluate(
+                    eval_step, params, split, starts, config.batch_size, mesh, tokenizer, told
+                )
             results.append(result)
             print(line(split_name, result) + (f" of {name}" if len(shares) > 1 else ""))
         if len(shares) > 1:
@@ -84,6 +89,17 @@ def measure(config: EvalConfig) -> None:
                 float(share or r.tokens) for share, r in zip(shares.values(), results, strict=True)
             ]
             print(line(split_name, mean(results, weights)) + f" of {dataset}")
+
+
+@contextmanager
+def telling(split: str, n_batches: float) -> Iterator[Callable[[], bool]]:
+    """Show on a terminal how far an evaluation is, and nothing elsewhere, where results are read.
+
+    A context, whose function is to be called before each batch.
+    """
+    never = lambda: False  # noqa: E731
+    with evaluating(split, n_batches, never) if is_live() else nullcontext(never) as told:
+        yield told
 
 
 def mean(results: Sequence[Evaluation], weights: Sequence[float]) -> Evaluation:

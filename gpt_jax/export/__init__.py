@@ -48,13 +48,13 @@ class ExportConfig(Checked):
             "safetensors", "float32", "resume",
         ):  # fmt: skip
             raise UserError(
-                f"optimizer=True is for a run's --to=safetensors --dtype=float32, not to={self.to} "
-                f"dtype={self.dtype} init_from={self.init_from}"
+                "optimizer=True is for --to=safetensors --dtype=float32 --init_from=resume, "
+                f"here it is --to={self.to} --dtype={self.dtype} --init_from={self.init_from}"
             )
         if self.to == "nanogpt" and (self.dtype, self.init_from) != ("float32", "resume"):
             raise UserError(
-                f"to=nanogpt is for runs, in float32: not dtype={self.dtype} "
-                f"init_from={self.init_from}"
+                "to=nanogpt is for --dtype=float32 --init_from=resume, here it is "
+                f"--dtype={self.dtype} --init_from={self.init_from}"
             )
 
 

@@ -227,7 +227,7 @@ def read_sealed(path: Path, step: int) -> dict[str, Any]:
             raise ValueError("it is not what was written: its sha256 differs")
         return meta
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise DamageError(f"{path} cannot be read ({error!s:.200}): take another") from None
+        raise DamageError(f"{path} cannot be read ({error!s:.200})") from None
 
 
 def amend(path: Path, changes: dict[str, Any]) -> None:

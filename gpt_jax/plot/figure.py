@@ -125,13 +125,13 @@ def running_median(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray
     return x, np.array([np.median(y[i - h : i + h + 1]) for i, h in enumerate(halves)])
 
 
-def loss_limits(lines: Iterable[tuple[np.ndarray, np.ndarray]], first: float, last: float):
+def loss_limits(lines: Iterable[tuple[np.ndarray, np.ndarray]]):
     """Return (lowest, highest) of an axis on which the end of these lines, (x, y), is readable.
 
     An untrained model's loss is several times that of a trained one: on an axis that held it, the
-    differences that matter would be a pixel high. The first 5 % of the run, from ``first`` to
-    ``last``, may stick out, and half a percent of the other points on either side; each line's
-    last point does not. Returns None where there is nothing to show.
+    differences that matter would be a pixel high. The first 5 % of each may stick out, and half a
+    percent of its other points on either side; its last point does not. Returns None where there is
+    nothing to show.
     """
     every, late = [], []
     for x, y in lines:
@@ -139,7 +139,7 @@ def loss_limits(lines: Iterable[tuple[np.ndarray, np.ndarray]], first: float, la
         x, y = x[there], y[there]
         if not len(y):
             continue
-        ys = y[x >= first + DRAWN_EARLY * (last - first)]
+        ys = y[x >= x.min() + DRAWN_EARLY * (x.max() - x.min())]
         late += [*np.quantile(ys, (0.005, 0.995)), y[-1]] if len(ys) >= ENOUGH else [*ys, y[-1]]
         every += [y.min(), y.max()]
     if not every:

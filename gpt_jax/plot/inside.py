@@ -168,9 +168,9 @@ def next_token_picture(
         axes.text(p, i, f" {p:.1%}", va="center")
     axes.set_yticks(range(len(best)), token_labels(tokenizer, best))
     axes.invert_yaxis()
-    axes.set(
-        xlim=(0, min(1.0, 1.2 * float(probs[best[0]])) or 1), xlabel="probability of the next token"
-    )
+    # wide enough for the label behind the longest bar
+    axes.set(xlim=(0, 1.2 * float(probs[best[0]]) or 1), xlabel="probability of the next token")
+    axes.set_xticks([tick for tick in axes.get_xticks() if tick <= 1])
     start = "" if len(tokens) <= 20 else "\N{HORIZONTAL ELLIPSIS}"
     axes.set_title(f"after {start}{prompt}", fontsize="medium")
     return figure

@@ -40,14 +40,13 @@ def run_picture(log: Log, x: str = "step") -> "Figure":
     """
     steps, evals = log.over(x)
     every = np.concatenate([steps["x"], evals["x"]])
-    first, last = np.nanmin(every), np.nanmax(every)
     has_rate = bool(np.isfinite(steps["lr"]).any())
     height = 5 if has_rate else 4.2
     figure = new_figure(8, height, left=0.11, right=0.97, top=0.93, bottom=0.11, hspace=0.08)
     ratios = [4, 1] if has_rate else [1]
     panels = figure.subplots(len(ratios), 1, sharex=True, squeeze=False, height_ratios=ratios)[:, 0]
     axes = panels[0]
-    unit = label_x(panels[-1], x, last)
+    unit = label_x(panels[-1], x, np.nanmax(every))
     batch = finite(steps["loss"])
     evaluated = {name: finite(evals[f"{name}_loss"]) for name in ("train", "val")}
     lines = [(steps["x"], batch), *((evals["x"], loss) for loss in evaluated.values())]
@@ -61,7 +60,7 @@ def run_picture(log: Log, x: str = "step") -> "Figure":
     for name, color, style in (("train", VERMILLION, "--"), ("val", BLACK, "-")):
         axes.plot(evals["x"] / unit, evaluated[name], style, color=color, linewidth=1.6, **marker,
                   label=f"{name} {last_and_best(evaluated[name])}")  # fmt: skip
-    limit_losses(axes, lines, first, last)
+    limit_losses(axes, lines)
     mark_events(panels, steps, evals, unit)
     axes.set_title(names([log.path.parent])[0])
     if has_rate:
@@ -78,9 +77,9 @@ def run_picture(log: Log, x: str = "step") -> "Figure":
     return figure
 
 
-def limit_losses(axes: Any, lines: Sequence, first: float, last: float) -> None:
+def limit_losses(axes: Any, lines: Sequence) -> None:
     """Let the axis of losses show what loss_limits says, and say what lies above."""
-    if limits := loss_limits(lines, first, last):
+    if limits := loss_limits(lines):
         axes.set_ylim(*limits)
         highest = max(np.nanmax(y, initial=-np.inf) for _, y in lines)
         if highest > limits[1]:
@@ -99,8 +98,10 @@ def last_and_best(loss: np.ndarray) -> str:
 
 def mark_events(panels: Any, steps: dict, evals: dict, unit: float) -> None:
     """Draw where a run was resumed, left updates out, and had losses that are not finite."""
-    every = np.append(steps["x"], evals["x"])
-    resumed = every[np.isfinite(np.append(steps["resumed"], evals["resumed"]))]
+    every, its, marks = (np.append(steps[n], evals[n]) for n in ("x", "iter", "resumed"))
+    order = np.argsort(its, kind="stable")
+    # the line that says so may be of many iterations later
+    resumed = np.interp(marks[np.isfinite(marks)], its[order], every[order])
     # a finished run that is started again only evaluates once more
     for i, at in enumerate(resumed[resumed < np.nanmax(every)]):
         for panel in panels:
@@ -143,10 +144,9 @@ def comparison_picture(logs: Sequence[Log], x: str = "step") -> "Figure":
     """
     columns = [log.over(x) for log in logs]
     every = np.concatenate([kind["x"] for both in columns for kind in both])
-    first, last = np.nanmin(every), np.nanmax(every)
     figure = new_figure(8, 5, left=0.09, right=0.96, top=0.94, bottom=0.11)
     axes = figure.subplots()
-    unit = label_x(axes, x, last)
+    unit = label_x(axes, x, np.nanmax(every))
     drawn = []
     titles = names([log.path.parent for log in logs])
     for i, (title, (steps, evals)) in enumerate(zip(titles, columns, strict=True)):
@@ -161,7 +161,7 @@ def comparison_picture(logs: Sequence[Log], x: str = "step") -> "Figure":
                   marker=MARKERS[i % len(MARKERS)], markevery=max(1, len(val) // 10),
                   label=f"{title}: {last_and_best(val)}")  # fmt: skip
         drawn += [light, (evals["x"], val)]
-    limit_losses(axes, drawn, first, last)
+    limit_losses(axes, drawn)
     if differ := " and ".join(differing(logs)):
         axes.set_title(f"not comparable: {differ} differ", loc="left", fontsize="medium")
     axes.plot([], [], color="grey", linewidth=1, alpha=0.6, label="train, without markers")

@@ -13,6 +13,7 @@ import jax
 from jax.sharding import Mesh
 
 from gpt_jax.checkpoint import Checkpoints
+from gpt_jax.commandline import save_config
 from gpt_jax.config import TrainConfig
 from gpt_jax.integrity import replace_file, written
 from gpt_jax.kernels import why_not
@@ -54,6 +55,8 @@ class Report:
 
             self.picture = LossPicture(config.out_dir)
             path = Path(config.out_dir) / "metrics.jsonl"
+            self.saved = path.with_name("config.json")
+            self.kept = self.saved.exists()  # not where a run only evaluates
             with written(path):
                 self.tokens, self.seconds = so_far(path, meta, tokens_per_iter)
                 keep_before(path, self.first)
@@ -64,7 +67,7 @@ class Report:
             config, meta, tokens_per_iter, self.flops, self.peak, functools.partial(memory, mesh)
         )
         self.first_step = ExitStack()  # what is said until it is done
-        self.steps = 0
+        self.steps = self.heard = 0  # updates since the last line, and of this process
         self.norms_of = parameter_norms(config, mesh)
         self.since = self.counted = time.perf_counter()
 
@@ -78,14 +81,14 @@ class Report:
     def step(self, iteration: int, metrics: dict[str, Any], lr: float) -> int:
         """Tell of an update, once its metrics, scalars on the device, have been computed.
 
-        Returns how many updates were left out in a row, this one included.
+        Returns how many updates of this process were left out in a row, this one included.
         """
         values = jax.device_get(metrics)  # waits for the device
         metrics = as_floats(values)
         now = time.perf_counter()
         self.seconds, self.counted = self.seconds + now - self.counted, now
         skipped, in_a_row = int(values["skipped"]), int(values["skipped_in_a_row"])
-        self.steps += 1
+        self.steps, self.heard = self.steps + 1, self.heard + 1
         # with float16 an update left out need not count as one in a row
         if in_a_row or (self.skipped is not None and skipped > self.skipped):
             numbers = f"loss {metrics['loss']:.4f}, gradient norm {metrics['grad_norm']:.4f}"
@@ -95,7 +98,7 @@ class Report:
         self.progress.stepped(iteration, metrics["loss"])
         if iteration % self.config.log_interval == 0:
             self.speak(iteration, metrics, lr)
-        return in_a_row
+        return min(in_a_row, self.heard)  # a run that goes on from among them has as many tries
 
     def speak(self, iteration: int, metrics: dict[str, float], lr: float) -> None:
         """Give the log line of an iteration, and its line in metrics.jsonl."""
@@ -169,8 +172,17 @@ class Report:
 
     def write(self, entry: dict[str, Any]) -> None:
         """Give an entry, names to numbers, to every sink."""
+        if self.sinks and self.kept and not self.saved.exists():
+            self.put_back()
         for sink in self.sinks:
             sink.write(entry)
+
+    def put_back(self) -> None:
+        """Write the config again, which was removed under the run: a resume reads it."""
+        with written(self.saved):
+            self.saved.parent.mkdir(parents=True, exist_ok=True)
+            save_config(self.config)
+        self.say(f"{self.saved} was removed under this run: it is written again")
 
     def resume_clock(self) -> None:
         """Leave what has passed since the last step, an evaluation and a save, out of the speed."""

@@ -25,7 +25,7 @@ def why(
     ``shape`` is (A, B). The parameters are still those of before, so its losses and gradients are
     computed again, a micro-batch at a time.
     """
-    reasons = [f"parameters: {place}" for place in not_finite(state.params)]
+    reasons = {"parameters": not_finite(state.params), "loss": [], "gradient": []}
     starts = batch_starts(split, shape, config.seed, iteration)
     for index, micro_batch in enumerate(starts):
         loss, gradients = examine(model, mesh, state, split, micro_batch, iteration, index)
@@ -34,10 +34,14 @@ def why(
                 file, first = locate(micro_batch[row], split.lengths)
                 path = split.files[int(file)].path
                 tokens = f"tokens {first} to {first + split.block_size} of {path}"
-                reasons.append(f"loss: micro-batch {index}, row {row}: {tokens}")
-        reasons += [f"gradient: micro-batch {index}, {place}" for place in gradients]
-        if len(reasons) >= SHOWN:
+                reasons["loss"].append(f"micro-batch {index}, row {row}: {tokens}")
+        reasons["gradient"] += [f"micro-batch {index}, {place}" for place in gradients]
+        if max(map(len, reasons.values())) >= SHOWN:
             break
+    lines = []
+    for kind, places in reasons.items():
+        lines += [f"  not finite in {kind}: {place}" for place in places[:SHOWN]]
+        lines += [f"    and {len(places) - SHOWN} more"] if len(places) > SHOWN else []
     again = (
         "computed again, loss and gradients are finite: a spike, a learning rate that overflows, "
         "or hardware that errs"
@@ -45,10 +49,10 @@ def why(
     return "\n".join([
         f"{config.max_skipped} updates in a row were left out, the last of iteration {iteration}: "
         "their loss or gradient was nan, inf or a spike",
-        *(f"  not finite in {reason}" for reason in reasons[:SHOWN]),
-        *([] if reasons else [f"  {again}"]),
+        *(lines or [f"  {again}"]),
         f"The checkpoints in {config.out_dir} are from before. --init_from=resume goes on from the "
-        "last; try a lower --learning_rate, or a higher --max_skipped to pass by bad data",
+        "last of them, or, if that is moved away, from the one before; try a lower "
+        "--learning_rate, or a higher --max_skipped to pass by bad data",
     ])  # fmt: skip
 
 

@@ -34,6 +34,9 @@ class Jsonl:
     def write(self, entry: dict[str, Any]) -> None:
         """Add an entry; RunError where the disk takes no more."""
         with written(self.path):
+            if not self.path.exists():  # removed under the run
+                self.close()
+                self.file = self.path.open("a", encoding="utf-8")
             self.file.write(json.dumps(entry | self.mark) + "\n")
             self.file.flush()
         self.mark = {}

@@ -1,6 +1,7 @@
 """The last lines of a run."""
 
 import math
+import shlex
 import statistics
 import sys
 from dataclasses import replace
@@ -48,17 +49,20 @@ def summary(report: Report, val: Evaluation, model: GPT, params: Any, tokenizer:
         print(f"a sample:\n---------------\n{tokenizer.decode(ids).strip()}\n---------------")
     if not is_first():
         return
-    flag = "" if config.out_dir == "out" else f" --out_dir={config.out_dir}"
     print("next:")
     prompt = f' --start="{start}"' if start.strip() else ""
-    print(as_typed(f"  python sample.py{flag}{prompt} --num_samples=3"))
+    print(as_typed(f"  python sample.py{out_dir_flag(config)}{prompt} --num_samples=3"))
     print(f"  {resuming(config)} --max_iters={2 * max(config.max_iters, report.progress.done)}")
 
 
 def resuming(config: TrainConfig) -> str:
     """Return the command that goes on with a run."""
-    flag = "" if config.out_dir == "out" else f" --out_dir={config.out_dir}"
-    return as_typed(f"python train.py --init_from=resume{flag}")
+    return as_typed(f"python train.py --init_from=resume{out_dir_flag(config)}")
+
+
+def out_dir_flag(config: TrainConfig) -> str:
+    """Return the flag that names a run's folder to a shell, "" where it is the default."""
+    return "" if config.out_dir == "out" else f" --out_dir={shlex.quote(config.out_dir)}"
 
 
 def facts(report: Report) -> dict[str, str]:
