@@ -64,8 +64,9 @@ def read_config(name: str, names: dict[str, Any]) -> dict[str, tuple[Any, str]]:
     preset = os.path.basename(name).removesuffix(".py")
     path = str(PRESETS[preset]) if preset in PRESETS and not os.path.isfile(name) else name
     if not os.path.exists(path):
-        known = ", ".join(PRESETS)
-        raise UserError(f"no config file or preset {suggest(preset, PRESETS)} (presets: {known})")
+        known, file = ", ".join(PRESETS), "" if name == preset else f"no file {name!a:.80}; "
+        known = f"{file}presets: {known}"
+        raise UserError(f"no config file or preset {suggest(preset, PRESETS)} ({known})")
     names, found = dict(names), {}
     place = shown = path if path.isprintable() else ascii(path)
     if os.path.isdir(path):
