@@ -445,7 +445,7 @@ def test_killed_anywhere_and_run_again_the_files_are_the_same(tmp_path):
     done = python(RUN + EVERYWHERE, inputs, tmp_path / "out", 0)
     assert done.returncode == 0, done.stderr
     kills, gone_on = map(int, done.stdout.split()[-2:])
-    assert kills > 10
+    assert kills > (15 if (inputs / "5.parquet").exists() else 10)
     assert gone_on > 0.7 * kills
 
 

@@ -140,7 +140,7 @@ def test_a_run_that_diverges_ends_with_a_report_and_its_checkpoints(monkeypatch,
     )
     assert any(re.match(r"  not finite in loss: micro-batch 0, row 0: tokens \d+ to \d+ of ", r)
                for r in report)  # fmt: skip
-    assert re.fullmatch(r"    and \d+ more", report[7])
+    assert re.fullmatch(r"    and at least \d+ more", report[7])
     assert report[8].startswith("  not finite in gradient: ")
     assert "--init_from=resume" in report[-1]
     assert "iter 1: update left out: loss nan, gradient norm nan (1 so far)" in said.out
@@ -342,12 +342,15 @@ def test_a_run_that_has_come_to_its_end_says_so_and_keeps_its_config(monkeypatch
     assert json.loads(Path("out/config.json").read_text())["max_iters"] == 12
 
 
-def test_a_run_whose_config_json_is_gone_goes_on_with_its_checkpoints(monkeypatch, capsys):
-    assert run(train, monkeypatch, *TINY, "--max_iters=6") == 0
+@pytest.mark.parametrize("newest", [6, 4])  # that can be read
+def test_a_run_whose_config_json_is_gone_goes_on_with_its_checkpoints(
+    whole, monkeypatch, capsys, newest
+):
+    if newest == 4:
+        damage("out", 6, "meta")
     Path("out/config.json").unlink()
     assert run(train, monkeypatch, "--init_from=resume", "--max_iters=10") == 0
-    assert "resuming from out, iteration 6" in capsys.readouterr().out
-    assert run(train, monkeypatch, *TINY, "--out_dir=whole") == 0
+    assert f"resuming from out, iteration {newest}" in capsys.readouterr().out
     same_run("whole", "out", 10)
     Path("out/config.json").write_text("{bad")
     assert run(train, monkeypatch, "--init_from=resume", "--max_iters=12") == 2

@@ -30,12 +30,12 @@ READERS = {int: float, float: float, bool: lambda text: BOOLS[text.lower()], str
 def saved_run(out_dir: str) -> dict[str, Any]:
     """Return the config that `out_dir` was trained with, nothing if no run was saved there.
 
-    Where its config.json is gone, that is what the newest checkpoint says.
+    Where its config.json is gone, that is what the newest checkpoint that can be read says.
     """
     path = os.path.join(out_dir, "config.json")
     if not os.path.isfile(path):
         saved = of_checkpoint(out_dir)
-        return saved and known_keys(saved, f"the newest checkpoint in {out_dir}: ", out_dir)
+        return saved and known_keys(saved, f"a checkpoint in {out_dir}: ", out_dir)
     try:
         if os.path.getsize(path) > LONGEST_CONFIG:
             raise ValueError(f"it has more than {LONGEST_CONFIG:,} bytes")
@@ -47,11 +47,12 @@ def saved_run(out_dir: str) -> dict[str, Any]:
 
 
 def of_checkpoint(out_dir: str) -> dict[str, Any]:
-    """Return the config that the newest checkpoint was saved with, {} where none tells."""
+    """Return the config that the newest readable checkpoint was saved with, {} if there is none."""
     from gpt_jax.checkpoint import read_meta, steps  # a second, with Orbax
 
-    with suppress(UserError, IndexError, KeyError, TypeError, ValueError):
-        return dict(read_meta(out_dir, steps(out_dir)[-1])["config"])
+    for step in reversed(steps(out_dir)):
+        with suppress(UserError):  # a damaged one, which the start names
+            return read_meta(out_dir, step)["config"]
     return {}
 
 

@@ -41,7 +41,7 @@ def why(
     lines = []
     for kind, places in reasons.items():
         lines += [f"  not finite in {kind}: {place}" for place in places[:SHOWN]]
-        lines += [f"    and {len(places) - SHOWN} more"] if len(places) > SHOWN else []
+        lines += [f"    and at least {len(places) - SHOWN} more"] if len(places) > SHOWN else []
     again = (
         "computed again, loss and gradients are finite: a spike, a learning rate that overflows, "
         "or hardware that errs"
